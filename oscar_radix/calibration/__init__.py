@@ -1,0 +1,1 @@
+"""Calibration: streaming moments of a model, fitted recipes, and their files."""

@@ -1,0 +1,109 @@
+"""The two interfaces of a KV codec: a recipe, and a recipe bound to a calibration."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from oscar_radix.codec.calibration import Calibration, CalibrationError
+from oscar_radix.codec.layout import RecordLayout
+from oscar_radix.codec.moments import Moments
+
+
+class Codec(ABC):
+    """One recipe bound to one calibration: all layers and KV heads of one tensor-parallel rank.
+
+    Rows live "in the basis": keys as (k - mu_k) A, queries as q A^-T, values as (v - mu_v) R, so that scores are unchanged up to
+    a constant per query. A basis change accumulates in float64 and is rounded once to float32; all reductions of `seal` are
+    exact. So a row gets the same codes in whatever batch it comes.
+    Shapes: T tokens, N pages, H KV heads, Hq query heads, D head dim.
+    """
+
+    layout: RecordLayout
+
+    def __init__(self, calibration: Calibration, device: torch.device | str) -> None:
+        self.recipe_name = calibration.recipe
+        self.geometry = calibration.geometry
+        self.device = torch.device(device)
+        self._parameters: dict[str, Tensor] = {}
+        tensors = calibration.tensors
+        missing = {"key_basis", "query_basis", "key_mean", "value_mean", "value_rotation"} - tensors.keys()
+        if missing:
+            raise CalibrationError(f"the calibration of recipe '{calibration.recipe}' lacks the tensors {sorted(missing)}")
+        self.key_basis = self._keep("key_basis", tensors["key_basis"].float())
+        self.query_basis = self._keep("query_basis", tensors["query_basis"].float())
+        self.key_mean = self._keep("key_mean", tensors["key_mean"].float())
+        self.value_mean = self._keep("value_mean", tensors["value_mean"].float())
+        self.value_rotation = self._keep("value_rotation", tensors["value_rotation"].float())
+
+    def _keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Move a parameter to the device and count its bytes."""
+        kept = tensor.to(self.device).contiguous()
+        self._parameters[name] = kept
+        return kept
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Bytes of all parameter tensors that this codec holds on its device."""
+        return sum(t.numel() * t.element_size() for t in self._parameters.values())
+
+    def keys_to_basis(self, layer: int, k: Tensor) -> Tensor:
+        """Post-RoPE keys [T, H, D], any float dtype, to float32 [T, H, D]: (k - mu_k) A."""
+        return _times(k.double() - self.key_mean[layer].double(), self.key_basis[layer])
+
+    def values_to_basis(self, layer: int, v: Tensor) -> Tensor:
+        """Values [T, H, D], any float dtype, to float32 [T, H, D]: (v - mu_v) R."""
+        return _times(v.double() - self.value_mean[layer].double(), self.value_rotation[layer])
+
+    def queries_to_basis(self, layer: int, q: Tensor) -> Tensor:
+        """Post-RoPE queries [T, Hq, D] to float32 [T, Hq, D]: q_b . y = q . (k - mu_k)."""
+        return self._per_group(q, self.query_basis[layer]).float()
+
+    def output_from_basis(self, layer: int, o: Tensor) -> Tensor:
+        """Attention output in the value basis, float32 [T, Hq, D], to the model's: o R^T + mu_v, float32 (weights sum to 1)."""
+        rotated = self._per_group(o, self.value_rotation[layer].mT)
+        return (rotated + self.value_mean[layer].double().repeat_interleave(self.geometry.group, 0)).float()
+
+    def _per_group(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """float64 [T, Hq, D]: every query head times the matrix [H, D, D] of its KV head."""
+        grouped = x.double().unflatten(1, (self.geometry.kv_heads, self.geometry.group))
+        return torch.einsum("thgd,hde->thge", grouped, matrices.double()).flatten(1, 2)
+
+    @abstractmethod
+    def seal(self, layer: int, k_rows: Tensor, k_scale: Tensor, v_rows: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """2-bit records of int8 rows [N, H, T, D] with fp16 scales [N, H, T].
+
+        Returns uint8 K codes [N, H, T, layout.k_code_bytes], uint8 V codes [N, H, T, layout.v_code_bytes] and fp16 scales
+        [N, H, T, layout.scale_count].
+        """
+
+    @abstractmethod
+    def open(self, layer: int, k_codes: Tensor, v_codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse of `seal` up to the quantisation error: K and V in the basis, float32 [N, H, T, D]."""
+
+
+class Recipe(ABC):
+    """A named way to choose bases and to code rows."""
+
+    name: str
+
+    @abstractmethod
+    def layout(self, head_dim: int) -> RecordLayout:
+        """Bytes of a record at this head dim."""
+
+    @abstractmethod
+    def fit(self, moments: Moments) -> Calibration:
+        """Choose the parameters of all layers and heads."""
+
+    @abstractmethod
+    def codec(self, calibration: Calibration, device: torch.device | str) -> Codec:
+        """Bind to a calibration of this recipe; CalibrationError when it is of another recipe or lacks tensors."""
+
+    def _check(self, calibration: Calibration) -> None:
+        if calibration.recipe != self.name:
+            raise CalibrationError(f"this calibration is for recipe '{calibration.recipe}', not '{self.name}': calibrate again")
+
+
+def _times(x: Tensor, matrices: Tensor) -> Tensor:
+    """float64 [T, H, D] times [H, D, D], rounded once to float32."""
+    return torch.matmul(x.transpose(0, 1), matrices.double()).transpose(0, 1).float().contiguous()

@@ -1,0 +1,41 @@
+"""What a recipe is fitted on: first and second moments of keys, queries and values, per layer and KV head."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from oscar_radix.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Moments:
+    """float64 CPU tensors; L layers, H KV heads, D head dim. Keys and queries are post-RoPE.
+
+    key_mean, value_mean          [L, H, D]     mean row
+    key_second                    [L, H, D, D]  mean of k^T k
+    query_second                  [L, H, D, D]  mean of q^T q over the GQA group of the head
+    value_weighted_mean           [L, H, D]     mean of w v, weights of mean 1
+    value_weighted_second         [L, H, D, D]  mean of w v^T v
+    """
+
+    geometry: Geometry
+    tokens: int
+    skipped_rows: int
+    key_mean: Tensor
+    key_second: Tensor
+    query_second: Tensor
+    value_mean: Tensor
+    value_weighted_mean: Tensor
+    value_weighted_second: Tensor
+
+    @property
+    def key_covariance(self) -> Tensor:
+        """[L, H, D, D]: covariance of the keys about their mean."""
+        return self.key_second - self.key_mean.unsqueeze(-1) * self.key_mean.unsqueeze(-2)
+
+    @property
+    def value_weighted_covariance(self) -> Tensor:
+        """[L, H, D, D]: mean of w (v - mu)^T (v - mu), mu the plain mean of the values."""
+        cross = self.value_weighted_mean.unsqueeze(-1) * self.value_mean.unsqueeze(-2)
+        outer = self.value_mean.unsqueeze(-1) * self.value_mean.unsqueeze(-2)
+        return self.value_weighted_second - cross - cross.mT + outer

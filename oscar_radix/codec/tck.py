@@ -1,0 +1,52 @@
+"""`tck`: keys in the joint query/key eigenbasis, bits given to channels by reverse water-filling; 2-bit values.
+
+Reverse water-filling: T. M. Cover and J. A. Thomas, "Elements of Information Theory", section 10.3.3, here with the widths and
+errors of real uniform quantisers.
+"""
+
+import torch
+
+from oscar_radix.codec.allocation import best_widths
+from oscar_radix.codec.base import Recipe
+from oscar_radix.codec.calibration import Calibration
+from oscar_radix.codec.layout import RecordLayout
+from oscar_radix.codec.moments import Moments
+from oscar_radix.codec.rotation import joint_basis, oscar_rotation
+from oscar_radix.codec.stepped import SteppedCodec
+
+QUERY_RIDGE = 1e-3
+"""Share of the mean eigenvalue added to the query second moment, so that directions no query used stay invertible."""
+VARIANCE_FLOOR = 1e-8
+"""Smallest channel variance, as a share of the row's largest: keeps steps of directions that never varied above zero."""
+
+
+class TckRecipe(Recipe):
+    def __init__(self, name: str, key_bits: float) -> None:
+        self.name = name
+        self.key_bits = key_bits
+
+    def _row_bits(self, head_dim: int) -> int:
+        return round(self.key_bits * head_dim)
+
+    def layout(self, head_dim: int) -> RecordLayout:
+        return RecordLayout(k_code_bytes=self._row_bits(head_dim) // 8, v_code_bytes=head_dim // 4, scale_count=2)
+
+    def fit(self, moments: Moments) -> Calibration:
+        basis, inverse_transpose, variances = joint_basis(moments.query_second, moments.key_covariance, QUERY_RIDGE)
+        variances = torch.maximum(variances, variances[..., :1] * VARIANCE_FLOOR).clamp(min=torch.finfo(torch.float32).tiny)
+        bits = self._row_bits(moments.geometry.head_dim)
+        widths = torch.stack([torch.stack([best_widths(head, bits).per_channel() for head in layer]) for layer in variances])
+        tensors = {
+            "key_basis": basis.float(),
+            "query_basis": inverse_transpose.float(),
+            "key_mean": moments.key_mean.float(),
+            "value_mean": moments.value_mean.float(),
+            "value_rotation": oscar_rotation(moments.value_weighted_covariance).float(),
+            "key_widths": widths.to(torch.uint8),
+            "key_sigma": variances.sqrt().float(),
+        }
+        return Calibration(self.name, moments.geometry, tensors, moments.tokens)
+
+    def codec(self, calibration: Calibration, device: torch.device | str) -> SteppedCodec:
+        self._check(calibration)
+        return SteppedCodec(calibration, device, self.layout(calibration.geometry.head_dim))

@@ -1,0 +1,45 @@
+"""Symmetric uniform quantisers with per-channel static steps and one fp16 scale per row.
+
+Level of code c at width w: (c - (2**w - 1)/2) * step. Optimal steps and errors for a unit Gaussian: J. Max, "Quantizing for
+minimum distortion", IRE Trans. IT-6 (1960), table II (equally spaced levels).
+"""
+
+import torch
+from torch import Tensor
+
+GAUSSIAN_STEP = {0: 1.0, 1: 1.595769, 2: 0.995687, 3: 0.586019, 4: 0.335201}
+GAUSSIAN_MSE = {0: 1.0, 1: 0.363380, 2: 0.118846, 3: 0.037440, 4: 0.011543}
+FP16_MAX = 65504.0
+ENERGY_WEIGHT_MAX = 2.0**30
+
+
+def energy_weights(variance: Tensor, used: Tensor) -> Tensor:
+    """float64 integers [..., D] proportional to 1/variance where `used` (bool), 0 elsewhere, and at most 2**30.
+
+    int8 codes squared (< 2**14) times these, summed over D <= 256, stay below 2**53: the sum is exact in any order, so a row's
+    scale does not depend on the batch or device that computed it.
+    """
+    inverse = torch.where(used, 1.0 / variance, 0.0)
+    return torch.round(inverse * (ENERGY_WEIGHT_MAX / inverse.amax(-1, keepdim=True))).to(torch.float64)
+
+
+def row_scale(codes: Tensor, scale: Tensor, weights: Tensor, unit: Tensor) -> Tensor:
+    """fp16 [...]: sqrt(unit * sum_i weights_i * codes_i**2) * scale, of int8 rows [..., D]; weights [D], unit a scalar, float64."""
+    energy = (codes.to(torch.float64).square() * weights).sum(-1)
+    return ((energy * unit).sqrt() * scale.to(torch.float64)).clamp_(max=FP16_MAX).to(torch.float16)
+
+
+def encode(codes: Tensor, scale: Tensor, row: Tensor, inverse_step: Tensor, top: Tensor) -> Tensor:
+    """int8 rows [..., D] to uint8 codes [..., D]: floor(y / (row * step) + (top + 1)/2) clamped to 0..top.
+
+    scale, row: fp16 [...]; inverse_step, top: float32 [D], top = 2**width - 1. A row of scale 0 gets the code just above zero.
+    """
+    row = row.float()
+    ratio = torch.where(row > 0, scale.float() / row, 0.0).unsqueeze(-1)
+    t = codes.float() * ratio * inverse_step + (top + 1) / 2
+    return torch.minimum(t.floor_().clamp_(min=0), top).to(torch.uint8)
+
+
+def decode_(codes: Tensor, row: Tensor, step: Tensor, top: Tensor) -> Tensor:
+    """Turn float32 codes [..., D] into (code - top/2) * step * row, in place."""
+    return codes.sub_(top / 2).mul_(step).mul_(row.float().unsqueeze(-1))
