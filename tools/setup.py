@@ -36,7 +36,10 @@ CAUSES = (
     ),
     (("No matching distribution found",), "the package index has no build of that version for this Python and platform"),
     (("externally-managed-environment",), "pip refused to touch the system's Python"),
-    (("ensurepip is not available", "No module named ensurepip", "No module named venv"), "this Python cannot make virtual environments: install its venv package (Debian: python3-venv)"),
+    (
+        ("ensurepip is not available", "No module named ensurepip", "No module named venv"),
+        "this Python cannot make virtual environments: install its venv package (Debian: python3-venv)",
+    ),
 )
 
 
@@ -56,22 +59,19 @@ def main():
             return 0
         check_space(todo)
         for number, (title, done, act) in enumerate(todo, 1):
-            print("setup [%d/%d] %s" % (number, len(todo), title), flush=True)
+            print(f"setup [{number}/{len(todo)}] {title}", flush=True)
             begun = time.time()
             act()
             if not done():
-                raise SetupError("the step ran, but its result is not there; see %s" % os.path.relpath(LOG, ROOT))
-            print("setup [%d/%d] done in %.0f s" % (number, len(todo), time.time() - begun), flush=True)
-    except SetupError as error:
-        print("setup failed: %s" % error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print("setup failed: %s" % error, file=sys.stderr)
+                raise SetupError(f"the step ran, but its result is not there; see {os.path.relpath(LOG, ROOT)}")
+            print(f"setup [{number}/{len(todo)}] done in {time.time() - begun:.0f} s", flush=True)
+    except (SetupError, OSError) as error:
+        print(f"setup failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("setup interrupted; run it again to go on", file=sys.stderr)
         return 1
-    print("setup: finished in %.0f s" % (time.time() - started))
+    print(f"setup: finished in {time.time() - started:.0f} s")
     return 0
 
 
@@ -80,7 +80,7 @@ def check_space(todo):
     need = GIB_FOR_EVERYTHING if any(act is install_torch for _, _, act in todo) else GIB_FOR_REST
     free = shutil.disk_usage(ROOT).free / 2**30
     if free < need:
-        raise SetupError("%.1f GiB free on the disk of %s, %.1f GiB needed: free some space and run again" % (free, ROOT, need))
+        raise SetupError(f"{free:.1f} GiB free on the disk of {ROOT}, {need:.1f} GiB needed: free some space and run again")
 
 
 # --- what is installed ---------------------------------------------------------------------------------------------------------------
@@ -92,9 +92,9 @@ def installed():
         "import importlib.metadata as m, json\n"
         "print(json.dumps([(d.metadata['Name'], d.version) for d in m.distributions() if d.metadata['Name']]))"
     )
-    result = subprocess.run([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=BUILD, check=False)
+    result = subprocess.run([PYTHON, "-c", code], capture_output=True, cwd=BUILD, check=False)
     if result.returncode:
-        raise SetupError("%s does not work (%s): delete .venv and run again" % (PYTHON, result.stderr.decode().strip()[-200:]))
+        raise SetupError(f"{PYTHON} does not work ({result.stderr.decode().strip()[-200:]}): delete .venv and run again")
     return {normalise(name): version.split("+")[0] for name, version in json.loads(result.stdout.decode())}
 
 
@@ -132,18 +132,23 @@ def find_python():
     """An interpreter of a supported version: this one, or one on PATH."""
     if sys.version_info >= OLDEST:
         if sys.version_info[:2] > NEWEST_TRIED:
-            print("setup: Python %d.%d is newer than what was tried (%d.%d)" % (sys.version_info[:2] + NEWEST_TRIED), flush=True)
+            print(f"setup: Python {dotted(sys.version_info)} is newer than what was tried ({dotted(NEWEST_TRIED)})", flush=True)
         return sys.executable
     for minor in range(NEWEST_TRIED[1], OLDEST[1] - 1, -1):
-        found = shutil.which("python3.%d" % minor)
+        found = shutil.which(f"python3.{minor}")
         if found:
             return found
-    message = "Python %d.%d is too old: %d.%d or %d.%d is needed. Install one and run: make PYTHON=python%d.%d"
-    raise SetupError(message % (sys.version_info[:2] + OLDEST + NEWEST_TRIED + NEWEST_TRIED))
+    oldest, newest = dotted(OLDEST), dotted(NEWEST_TRIED)
+    found = dotted(sys.version_info)
+    raise SetupError(f"Python {found} is too old: {oldest} to {newest} is needed. Install one and run: make PYTHON=python{newest} ...")
+
+
+def dotted(version):
+    return ".".join(str(part) for part in version[:2])
 
 
 def install_torch():
-    pip(["%s==%s" % pair for pair in TORCH.items()])
+    pip([f"{name}=={version}" for name, version in TORCH.items()])
 
 
 def install_sglang():
@@ -169,7 +174,10 @@ def project_done():
     with open(PROJECT_STAMP) as file:
         if file.read() != project_hash():
             return False
-    code = "import importlib.util as u\nfor n in ('oscar_radix', 'oscar_radix.kernels', 'oscar_radix.patches'): print(u.find_spec(n).origin)"
+    code = (
+        "import importlib.util as u\n"
+        "for name in ('oscar_radix', 'oscar_radix.kernels', 'oscar_radix.patches'): print(u.find_spec(name).origin)"
+    )
     result = subprocess.run([PYTHON, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=BUILD, check=False)
     wanted = [os.path.join(ROOT, folder, "__init__.py") for folder in ("oscar_radix", "kernels", "patches")]
     return result.stdout.decode().split("\n")[:-1] == wanted
@@ -219,7 +227,7 @@ def run(command):
     """Run `command` with its output in LOG, a sign of life every HEARTBEAT_S seconds, and its last lines when it fails."""
     begun = time.time()
     with open(LOG, "ab") as log:
-        log.write(("\n$ %s\n" % " ".join(command)).encode())
+        log.write(("\n$ " + " ".join(command) + "\n").encode())
         log.flush()
         start = log.tell()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT)
@@ -229,7 +237,8 @@ def run(command):
                     code = process.wait(timeout=HEARTBEAT_S)
                     break
                 except subprocess.TimeoutExpired:
-                    print("  %4.0f s  %s" % (time.time() - begun, (tail(start, 1) or ["..."])[-1][:110]), flush=True)
+                    last = (tail(start, 1) or ["..."])[-1]
+                    print(f"  {time.time() - begun:4.0f} s  {last[:110]}", flush=True)
         finally:
             if process.poll() is None:
                 process.terminate()
@@ -237,8 +246,9 @@ def run(command):
         lines = tail(start, 12)
         text = "\n".join(tail(start, 200))
         cause = next((cause for fragments, cause in CAUSES if any(part in text for part in fragments)), None)
-        head = cause or "exit status %d" % code
-        raise SetupError("%s\n  command: %s\n  %s\n  whole log: %s" % (head, " ".join(command), "\n  ".join(lines), os.path.relpath(LOG, ROOT)))
+        head = cause or f"exit status {code}"
+        parts = [head, "command: " + " ".join(command), *lines, "whole log: " + os.path.relpath(LOG, ROOT)]
+        raise SetupError("\n  ".join(parts))
 
 
 def tail(start, count):
