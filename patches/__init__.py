@@ -1,1 +1,1 @@
-"""The only code that touches SGLang: entry point, flags, and one adapter for each part of SGLang that is replaced."""
+"""The only code that touches SGLang: entry point, flags, refusals, and adapters for pool, allocator, attention and tree."""

@@ -1,0 +1,1 @@
+"""Attention operations, one a file, each with its plain-torch specification. Knows neither SGLang nor the core."""

@@ -1,0 +1,1 @@
+"""Plan once a forward, run once a layer."""

@@ -1,0 +1,112 @@
+"""Attention over a mixed-precision store, in plain torch: the specification of the kernels."""
+
+import torch
+
+from oscar_radix.attention.plan import ForwardPlan, ReadPlan, WritePlan
+from oscar_radix.codec.int8_rows import dequantise_rows, quantise_rows
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.kernels.attend import attend
+from oscar_radix.kernels.merge import merge_states
+from oscar_radix.pool.store import KVStore, Rows
+
+
+class TorchAttention:
+    """`run` writes a layer's new rows, seals the pages that became full, and attends; one call a layer.
+
+    Partial results over base records, hot rows of base pages, whole pages and the own chunk merge by their log-sum-exp.
+    All of them live in the codec's basis; the result leaves it at the end.
+    """
+
+    def __init__(self, store: KVStore):
+        self.store = store
+
+    def run(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: ForwardPlan, scale: float) -> torch.Tensor:
+        """Attention output of the forward's T tokens.
+
+        Args:
+            layer: layer index of this rank.
+            q: [T, Hq, D] after the position embedding.
+            k, v: [T, Hkv, D].
+            plan: of this forward, from `plan_forward`.
+            scale: multiplies q k^T.
+
+        Returns:
+            [T, Hq, D] in q's dtype.
+        """
+        codec = self.store.codec
+        key, value, rows = self._rows(layer, k, v)
+        self._write(layer, rows, plan.write)
+        query = codec.queries_to_basis(layer, q)
+        out = torch.empty_like(query)
+        for read in plan.reads:
+            span = slice(read.start, read.end)
+            own = (key[span], value[span]) if read.own_chunk else None
+            out[span] = self._attend(layer, query[span], read, own, scale)
+        return codec.output_from_basis(layer, out).to(q.dtype)
+
+    def _rows(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Rows]:
+        """Keys and values in the basis (bad rows zeroed), and their int8 rows."""
+        key = self.store.codec.keys_to_basis(layer, k)
+        value = self.store.codec.values_to_basis(layer, v)
+        k8, k_scale, bad_k = quantise_rows(key)
+        v8, v_scale, bad_v = quantise_rows(value)
+        self.store.bad_rows += int(bad_k.sum()) + int(bad_v.sum())
+        key = key.masked_fill(bad_k[..., None], 0.0)
+        value = value.masked_fill(bad_v[..., None], 0.0)
+        return key, value, Rows(k8, k_scale, v8, v_scale)
+
+    def _write(self, layer: int, rows: Rows, plan: WritePlan) -> None:
+        hot = rows[plan.tokens]
+        self.store.hot.write(layer, plan.blocks, plan.rows, hot.k, hot.k_scale, hot.v, hot.v_scale)
+        if len(plan.seal_pages):
+            self.store.seal(layer, plan.seal_pages, Rows(*self.store.hot.read(layer, plan.seal_blocks)))
+        if len(plan.direct_pages):
+            whole = rows[plan.direct_tokens]  # [N, 32, Hkv, ...]
+            by_head = Rows(*(tensor.transpose(1, 2) for tensor in (whole.k, whole.k_scale, whole.v, whole.v_scale)))
+            self.store.seal(layer, plan.direct_pages, by_head)
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, read: ReadPlan, own: tuple[torch.Tensor, torch.Tensor] | None, scale: float
+    ) -> torch.Tensor:
+        states = []
+        if len(read.base_pages):
+            k, v, mask = self._base(layer, read)
+            states.append(attend(query, k, v, scale, mask))
+        for _, blocks in read.partial:
+            k, v = self._hot(layer, blocks)
+            states.append(attend(query, k, v, scale))
+        if read.whole_rows:
+            k, v = self._hot(layer, read.whole_blocks)
+            states.append(attend(query, k[:, : read.whole_rows], v[:, : read.whole_rows], scale))
+        if own is not None:
+            tokens = len(query)
+            causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+            states.append(attend(query, own[0].transpose(0, 1), own[1].transpose(0, 1), scale, causal))
+        out, lse = states[0]
+        for other, other_lse in states[1:]:
+            out, lse = merge_states(out, lse, other, other_lse)
+        return out
+
+    def _base(self, layer: int, read: ReadPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys and values of the base pages [Hkv, N * 32, D], and a mask [Hkv, 1, N * 32] that leaves out hot rows."""
+        key, value = self.store.codec.open(layer, *self.store.base.read(layer, read.base_pages))
+        mask = None
+        if read.partial:
+            pages, heads = key.shape[:2]
+            open_rows = torch.ones(pages, heads, PAGE_TOKENS, dtype=torch.bool, device=key.device)
+            for index, blocks in read.partial:
+                numbers = self.store.hot.read_row_numbers(layer, blocks)
+                hot = torch.zeros(len(index), heads, PAGE_TOKENS, dtype=torch.bool, device=key.device).scatter_(2, numbers, True)
+                open_rows[index] = ~hot
+            mask = open_rows.transpose(0, 1).reshape(heads, 1, -1)
+        return _by_head(key), _by_head(value), mask
+
+    def _hot(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of hot rows, [Hkv, N * r, D]."""
+        k, k_scale, v, v_scale = self.store.hot.read(layer, blocks)
+        return _by_head(dequantise_rows(k, k_scale)), _by_head(dequantise_rows(v, v_scale))
+
+
+def _by_head(rows: torch.Tensor) -> torch.Tensor:
+    """[N, Hkv, r, D] to [Hkv, N * r, D]."""
+    return rows.transpose(0, 1).reshape(rows.shape[1], -1, rows.shape[3])

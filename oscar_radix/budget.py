@@ -1,0 +1,88 @@
+"""Split a byte budget into page records, hot pool and tables."""
+
+from dataclasses import dataclass
+
+from oscar_radix.codec.layout import RecordLayout
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.pool.base_records import BaseRecords
+from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.pages import PageTable
+
+LARGEST_HOT_SHARE = 0.5
+"""A hot pool that must be larger than this to hold its fresh pages means that the budget is too small for the load."""
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """What the budget buys. `pages` are usable ones; page 0 comes on top and is paid for."""
+
+    budget_bytes: int
+    bf16_bytes_per_token: int
+    pages: int
+    hot_blocks: int
+
+    @property
+    def tokens(self) -> int:
+        """Token capacity."""
+        return self.pages * PAGE_TOKENS
+
+    @property
+    def bf16_tokens(self) -> int:
+        """Tokens that the same bytes hold in bf16."""
+        return self.budget_bytes // self.bf16_bytes_per_token
+
+    @property
+    def capacity_ratio(self) -> float:
+        """Token capacity over that of bf16 at the same bytes."""
+        return self.tokens / (self.budget_bytes / self.bf16_bytes_per_token)
+
+    @property
+    def hot_pages(self) -> int:
+        """Whole pages that the hot pool can hold."""
+        return self.hot_blocks // PAGE_BLOCKS
+
+
+def split_budget(
+    budget_bytes: int,
+    geometry: Geometry,
+    layout: RecordLayout,
+    hot_fraction: float,
+    parameter_bytes: int,
+    running_requests: int | None,
+    prefill_tokens: int | None,
+) -> PoolSizes:
+    """Sizes of the pools for `budget_bytes`, all of it counted: records, hot pool, tables, codec parameters.
+
+    The hot pool takes `hot_fraction` of the budget, and at least one fresh page for each running request plus one prefill
+    chunk, as far as those are known.
+
+    Args:
+        budget_bytes: what a bf16 cache would have taken.
+        geometry: attention shape of this rank.
+        layout: bytes of a base record.
+        hot_fraction: share of the budget for hot rows.
+        parameter_bytes: bytes of the codec's bases and steps.
+        running_requests: the user's limit; None when there is none (the server then admits what the hot pool carries).
+        prefill_tokens: tokens of one prefill chunk; None when prefill is not chunked.
+
+    Raises:
+        ValueError: when the budget is too small, with what was asked and what is possible.
+    """
+    block = HotPool.block_bytes(geometry)
+    page = BaseRecords.page_bytes(geometry, layout) + HotPool.table_bytes_per_page() + PageTable.bytes_per_page()
+    wanted_pages = (running_requests or 1) + -(-(prefill_tokens or 0) // PAGE_TOKENS)
+    hot_blocks = max(int(budget_bytes * hot_fraction) // block, wanted_pages * PAGE_BLOCKS)
+    if hot_blocks * block > LARGEST_HOT_SHARE * budget_bytes:
+        possible = int(LARGEST_HOT_SHARE * budget_bytes) // (block * PAGE_BLOCKS)
+        raise ValueError(
+            f"the KV budget of {budget_bytes / 2**20:.1f} MiB has room for {possible} fresh pages in half of it, but {running_requests or 1} running "
+            f"requests and a prefill chunk of {prefill_tokens or 0} tokens ask for {wanted_pages}: lower --max-running-requests or "
+            f"--chunked-prefill-size, or raise --mem-fraction-static or --max-total-tokens"
+        )
+    pages = (budget_bytes - hot_blocks * block - parameter_bytes) // page - 1
+    if pages < 1:
+        raise ValueError(
+            f"the KV budget of {budget_bytes / 2**20:.1f} MiB is used up by the hot pool ({hot_blocks * block / 2**20:.1f} MiB) and the codec's "
+            f"parameters ({parameter_bytes / 2**20:.1f} MiB); one page takes {page / 2**20:.3f} MiB: raise --mem-fraction-static or --max-total-tokens"
+        )
+    return PoolSizes(budget_bytes, geometry.kv_elements_per_token * 2, pages, hot_blocks)

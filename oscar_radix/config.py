@@ -1,0 +1,42 @@
+"""The whole configuration: one frozen dataclass, filled from command-line flags."""
+
+from dataclasses import dataclass
+
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.policy import POLICIES
+
+
+@dataclass(frozen=True)
+class OscarConfig:
+    """What `--kv-quant oscar` and the `--oscar-*` flags say.
+
+    Args:
+        recipe: name of a codec recipe.
+        calibration: calibration file; None means the cached one for this model, made at start-up when there is none.
+        policy: what becomes of the hot rows of pages outside every recent window.
+        recent_tokens: W, the tokens before the end of a sequence that stay at int8.
+        hot_fraction: share of the KV byte budget that the hot pool takes.
+        log_interval: forwards between two periodic log lines.
+    """
+
+    recipe: str
+    calibration: str | None = None
+    policy: str = "window"
+    recent_tokens: int = 256
+    hot_fraction: float = 0.12
+    log_interval: int = 200
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"--oscar-policy {self.policy} is unknown; choose from {sorted(POLICIES)}")
+        if self.recent_tokens < PAGE_TOKENS or self.recent_tokens % PAGE_TOKENS:
+            raise ValueError(
+                f"--oscar-recent-tokens {self.recent_tokens} must be a multiple of the page size {PAGE_TOKENS} and at least {PAGE_TOKENS}"
+            )
+        if not 0.0 < self.hot_fraction <= 0.9:
+            raise ValueError(f"--oscar-hot-fraction {self.hot_fraction} must be above 0 and at most 0.9")
+
+    @property
+    def recent_pages(self) -> int:
+        """Whole pages of the recent window."""
+        return self.recent_tokens // PAGE_TOKENS

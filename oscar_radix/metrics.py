@@ -1,0 +1,66 @@
+"""What an operator sees: a report for /server_info and one-line summaries."""
+
+from typing import Any
+
+from oscar_radix.budget import PoolSizes
+from oscar_radix.config import OscarConfig
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.pool.store import KVStore
+
+MIB = 2**20
+
+
+class Metrics:
+    """Reads the store; keeps nothing but what it is given."""
+
+    def __init__(self, config: OscarConfig, sizes: PoolSizes, store: KVStore, calibration_source: str):
+        self.config = config
+        self.sizes = sizes
+        self.store = store
+        self.calibration_source = calibration_source
+
+    def report(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        store, residency = self.store, self.store.residency
+        return {
+            "recipe": self.config.recipe,
+            "policy": self.config.policy,
+            "calibration": self.calibration_source,
+            "page_tokens": PAGE_TOKENS,
+            "recent_tokens": self.config.recent_tokens,
+            "kv_budget_bytes": self.sizes.budget_bytes,
+            "max_total_num_tokens": self.sizes.tokens,
+            "bf16_tokens_at_same_bytes": self.sizes.bf16_tokens,
+            "capacity_ratio": self.sizes.capacity_ratio,
+            "effective_bits": store.effective_bits,
+            "bytes_per_token": sum(store.allocated_bytes.values()) / self.sizes.tokens,
+            "allocated_bytes": store.allocated_bytes,
+            "levels": store.usage_by_level(),
+            "hot_blocks": {"capacity": store.hot.capacity, "free": store.hot.free_blocks},
+            "demotions": residency.demotions,
+            "pages_sealed_without_hot_rows": residency.sealed_without_hot_rows,
+            "rows_with_nan_or_inf": store.bad_rows,
+            "forwards": residency.now,
+        }
+
+    def startup_lines(self) -> list[str]:
+        """Recipe, calibration, capacity against bf16, effective bits."""
+        sizes, store = self.sizes, self.store
+        held = store.allocated_bytes
+        return [
+            f"kv-quant oscar: recipe {self.config.recipe}, policy {self.config.policy}, recent window {self.config.recent_tokens} tokens, "
+            f"calibration {self.calibration_source}",
+            f"kv-quant oscar: {sizes.tokens} tokens of KV in {sizes.budget_bytes / MIB:.1f} MiB, {sizes.capacity_ratio:.2f} times the "
+            f"{sizes.bf16_tokens} of bf16; {store.effective_bits:.2f} effective bits per element (codes {held['codes'] / MIB:.1f}, scales "
+            f"{held['scales'] / MIB:.1f}, hot pool {held['hot_pool'] / MIB:.1f}, tables {held['tables'] / MIB:.2f}, codec parameters "
+            f"{held['codec_parameters'] / MIB:.1f} MiB)",
+        ]
+
+    def periodic_line(self) -> str:
+        """Tokens and bytes by level."""
+        levels = [f"level {level}: {entry['tokens']} tokens {entry['bytes'] / MIB:.1f} MiB" for level, entry in self.store.usage_by_level().items()]
+        hot = self.store.hot
+        return (
+            f"kv-quant oscar: {', '.join(levels)}; hot blocks {hot.capacity - hot.free_blocks} of {hot.capacity} used, "
+            f"{self.store.residency.demotions} demotions, {self.store.bad_rows} rows with NaN or Inf"
+        )

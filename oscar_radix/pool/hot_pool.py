@@ -1,0 +1,184 @@
+"""The hot pool: a bounded cache of int8 rows over the 2-bit base."""
+
+import numpy as np
+import torch
+
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
+
+BLOCK_ROWS = 2
+"""int8 rows of K and of V per (layer, KV head) in one hot block."""
+
+PAGE_BLOCKS = PAGE_TOKENS // BLOCK_ROWS
+"""Blocks of a page at level 32."""
+
+
+class HotPool:
+    """Blocks of 2 int8 rows, each block with one owner: the free list or a page.
+
+    A block holds, for every (layer, KV head), two rows of K and V in the codec's basis, their fp16 scales and the numbers
+    of the tokens (0..31 of the page) that they are. A page at level r owns r / 2 blocks, listed in its row of the block
+    table; at level 32 block i holds tokens 2i and 2i + 1.
+
+    Args:
+        geometry: attention shape of this rank.
+        pages: number of pages that the block table covers, page 0 included.
+        blocks: number of hot blocks.
+        device: where the buffers live.
+    """
+
+    def __init__(self, geometry: Geometry, pages: int, blocks: int, device: torch.device | str):
+        if blocks < PAGE_BLOCKS:
+            raise ValueError(f"the hot pool holds {blocks} blocks; one fresh page takes {PAGE_BLOCKS}")
+        shape = (geometry.layers, blocks, geometry.kv_heads, BLOCK_ROWS)
+        self.device = torch.device(device)
+        self.capacity = blocks
+        self.k_rows = torch.zeros(*shape, geometry.head_dim, dtype=torch.int8, device=device)
+        self.v_rows = torch.zeros(*shape, geometry.head_dim, dtype=torch.int8, device=device)
+        self.scales = torch.zeros(*shape, 2, dtype=torch.float16, device=device)
+        self.row_numbers = torch.zeros(*shape, dtype=torch.uint8, device=device)
+        self.block_table = np.full((pages, PAGE_BLOCKS), -1, dtype=np.int32)
+        self.levels = np.zeros(pages, dtype=np.uint8)
+        self._free = list(range(blocks - 1, -1, -1))
+
+    # Ownership -------------------------------------------------------------------------------------------------------
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no page owns."""
+        return len(self._free)
+
+    def acquire(self, page: int) -> bool:
+        """Give `page` the blocks of a whole page (level 32). False, and nothing changes, when too few are free."""
+        if self.levels[page]:
+            raise RuntimeError(f"page {page} already holds {self.levels[page]} hot rows")
+        if len(self._free) < PAGE_BLOCKS:
+            return False
+        blocks = [self._free.pop() for _ in range(PAGE_BLOCKS)]
+        self.block_table[page] = blocks
+        self.levels[page] = PAGE_TOKENS
+        numbers = torch.arange(PAGE_TOKENS, dtype=torch.uint8, device=self.device).view(1, PAGE_BLOCKS, 1, BLOCK_ROWS)
+        self.row_numbers[:, torch.tensor(blocks, device=self.device)] = numbers
+        return True
+
+    def release(self, page: int) -> None:
+        """Drop all hot rows of `page`; its base record is what remains."""
+        held = self.levels[page] // BLOCK_ROWS
+        self._free.extend(self.block_table[page, :held].tolist())
+        self.block_table[page] = -1
+        self.levels[page] = 0
+
+    def shrink(self, page: int, rows: torch.Tensor) -> None:
+        """Keep only some rows of a whole page, and free the other blocks.
+
+        Args:
+            page: a page at level 32.
+            rows: int64 [layers, Hkv, r], distinct token numbers per (layer, head); r is even and below 32.
+        """
+        kept = rows.shape[-1]
+        if self.levels[page] != PAGE_TOKENS or kept % BLOCK_ROWS or not 0 < kept < PAGE_TOKENS:
+            raise RuntimeError(f"page {page} is at level {self.levels[page]}; cannot keep {kept} of its rows")
+        blocks = torch.from_numpy(self.block_table[page].astype(np.int64)).to(self.device)
+        target = blocks[: kept // BLOCK_ROWS]
+        layers, heads = rows.shape[:2]
+        for buffer in (self.k_rows, self.v_rows, self.scales):
+            # [L, Hkv, 32, ...] in token order, gathered to [L, Hkv, r, ...]
+            whole = buffer[:, blocks].movedim(2, 1).reshape(layers, heads, PAGE_TOKENS, -1)
+            chosen = whole.gather(2, rows[..., None].expand(-1, -1, -1, whole.shape[-1]))
+            buffer[:, target] = chosen.view(layers, heads, kept // BLOCK_ROWS, BLOCK_ROWS, -1).movedim(1, 2)
+        self.row_numbers[:, target] = rows.to(torch.uint8).view(layers, heads, kept // BLOCK_ROWS, BLOCK_ROWS).movedim(1, 2)
+        self._free.extend(self.block_table[page, kept // BLOCK_ROWS :].tolist())
+        self.block_table[page, kept // BLOCK_ROWS :] = -1
+        self.levels[page] = kept
+
+    def move(self, source: int, target: int) -> None:
+        """Hand the blocks of page `source` to page `target`, which holds none; `source` is left at level 0."""
+        if self.levels[target]:
+            raise RuntimeError(f"page {target} already holds {self.levels[target]} hot rows; cannot take those of page {source}")
+        self.block_table[target] = self.block_table[source]
+        self.levels[target] = self.levels[source]
+        self.block_table[source] = -1
+        self.levels[source] = 0
+
+    def clear(self) -> None:
+        """All blocks back to the free list."""
+        self.block_table.fill(-1)
+        self.levels.fill(0)
+        self._free = list(range(self.capacity - 1, -1, -1))
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def blocks_of(self, pages: np.ndarray, level: int) -> torch.Tensor:
+        """Block numbers of pages at the same level: int64 [N, level / 2] on the device."""
+        return torch.from_numpy(self.block_table[pages, : level // BLOCK_ROWS].astype(np.int64)).to(self.device)
+
+    def write(
+        self, layer: int, blocks: torch.Tensor, rows: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torch.Tensor, v_scale: torch.Tensor
+    ) -> None:
+        """Store T rows: `blocks`, `rows` int64 [T] (block, 0 or 1); k, v int8 [T, Hkv, D]; scales fp16 [T, Hkv]."""
+        self.k_rows[layer, blocks, :, rows] = k
+        self.v_rows[layer, blocks, :, rows] = v
+        self.scales[layer, blocks, :, rows, 0] = k_scale
+        self.scales[layer, blocks, :, rows, 1] = v_scale
+
+    def read(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of N pages at one level r, in the order of their blocks.
+
+        Args:
+            layer: layer index.
+            blocks: int64 [N, r / 2].
+
+        Returns:
+            k int8 [N, Hkv, r, D], k_scale fp16 [N, Hkv, r], v, v_scale.
+        """
+        pages, per_page = blocks.shape
+        heads, dim = self.k_rows.shape[2], self.k_rows.shape[4]
+        flat = blocks.reshape(-1)
+
+        def gather(buffer: torch.Tensor, width: int) -> torch.Tensor:
+            rows = buffer[layer, flat].view(pages, per_page, heads, BLOCK_ROWS, width)
+            return rows.transpose(1, 2).reshape(pages, heads, per_page * BLOCK_ROWS, width)
+
+        scales = gather(self.scales, 2)
+        return gather(self.k_rows, dim), scales[..., 0], gather(self.v_rows, dim), scales[..., 1]
+
+    def read_row_numbers(self, layer: int, blocks: torch.Tensor) -> torch.Tensor:
+        """Token numbers of the same rows: int64 [N, Hkv, r]."""
+        numbers = self.row_numbers[layer, blocks]
+        return numbers.transpose(1, 2).reshape(blocks.shape[0], numbers.shape[2], -1).long()
+
+    # Bytes -----------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def block_bytes(geometry: Geometry) -> int:
+        """Bytes of one block over all layers and KV heads: rows, scales, row numbers."""
+        row = 2 * geometry.head_dim + 2 * 2 + 1
+        return geometry.layers * geometry.kv_heads * BLOCK_ROWS * row
+
+    @staticmethod
+    def table_bytes_per_page() -> int:
+        """Bytes of a page's entry in the block table and the level table."""
+        return PAGE_BLOCKS * 4 + 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all rows, their scales and row numbers."""
+        return self.k_rows.nbytes + self.v_rows.nbytes + self.scales.nbytes + self.row_numbers.nbytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the block table and the level table."""
+        return self.block_table.nbytes + self.levels.nbytes
+
+    def check_integrity(self) -> None:
+        """Every block is owned exactly once, and every page's block count is what its level says."""
+        seen = np.zeros(self.capacity, dtype=np.int64)
+        np.add.at(seen, np.asarray(self._free, dtype=np.int64), 1)
+        owned = self.block_table[self.block_table >= 0]
+        np.add.at(seen, owned.astype(np.int64), 1)
+        if not (seen == 1).all():
+            wrong = np.flatnonzero(seen != 1)
+            raise RuntimeError(f"{len(wrong)} of {self.capacity} hot blocks have {seen[wrong][:4]} owners, not 1; first: {wrong[:4]}")
+        counts = (self.block_table >= 0).sum(axis=1)
+        if not (counts * BLOCK_ROWS == self.levels).all():
+            page = int(np.flatnonzero(counts * BLOCK_ROWS != self.levels)[0])
+            raise RuntimeError(f"page {page} is at level {self.levels[page]} but owns {counts[page]} hot blocks")

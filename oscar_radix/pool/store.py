@@ -1,0 +1,203 @@
+"""The store: base records and hot pool of all layers, with the states and owners of their pages."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from oscar_radix.codec.base import Codec
+from oscar_radix.codec.layout import RecordLayout
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.policy.base import LEVELS, Policy
+from oscar_radix.pool.base_records import BaseRecords
+from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.pages import Owner, PageTable
+from oscar_radix.pool.residency import Residency
+
+
+@dataclass(frozen=True)
+class Rows:
+    """int8 rows of T tokens of one layer: k, v int8 [T, Hkv, D]; k_scale, v_scale fp16 [T, Hkv]."""
+
+    k: torch.Tensor
+    k_scale: torch.Tensor
+    v: torch.Tensor
+    v_scale: torch.Tensor
+
+    def __getitem__(self, index: torch.Tensor) -> "Rows":
+        return Rows(self.k[index], self.k_scale[index], self.v[index], self.v_scale[index])
+
+
+class KVStore:
+    """Pages of 32 slots; slot s is token s % 32 of page s // 32, whatever its precision. Page 0 is padding.
+
+    A page's life: FREE -> (allocate) REQUEST, fresh: int8 rows only -> sealed: 2-bit record, rows still whole -> level
+    32 / 8 / 4 / 2 / 0 -> (free) FREE; (enter_tree) moves it from REQUEST to TREE on the way.
+
+    Args:
+        geometry: attention shape of this rank.
+        layout: bytes of a base record.
+        pages: usable pages (page 0 comes on top).
+        hot_blocks: blocks of the hot pool.
+        policy: settles pages that leave every window.
+        recent_tokens: W.
+        device: where the buffers live.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        layout: RecordLayout,
+        pages: int,
+        hot_blocks: int,
+        policy: Policy,
+        recent_tokens: int,
+        device: torch.device | str,
+    ):
+        self.geometry = geometry
+        self.layout = layout
+        self.device = torch.device(device)
+        self.pages = pages
+        self.base = BaseRecords(geometry, layout, pages + 1, device)
+        self.hot = HotPool(geometry, pages + 1, hot_blocks, device)
+        self.table = PageTable(pages + 1)
+        self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens)
+        self.codec: Codec | None = None
+        self.bad_rows = 0
+
+    # Ownership -------------------------------------------------------------------------------------------------------
+
+    def allocate(self, pages: np.ndarray) -> None:
+        """The free list gives pages (int64 [N], distinct) to a running request."""
+        self.table.transfer(pages, (Owner.FREE,), Owner.REQUEST)
+        self.table.forget(pages)
+
+    def enter_tree(self, pages: np.ndarray) -> None:
+        """A running request's full pages become the radix tree's.
+
+        Raises:
+            RuntimeError: when one of them is not sealed; a partial page never enters the tree.
+        """
+        unsealed = pages[~self.table.sealed[pages]]
+        if len(unsealed):
+            raise RuntimeError(f"{len(unsealed)} of {len(pages)} pages that enter the tree are not sealed; first: {unsealed[0]}")
+        self.table.transfer(pages, (Owner.REQUEST,), Owner.TREE)
+
+    def free(self, pages: np.ndarray) -> None:
+        """A request's or the tree's pages return to the free list; their hot rows are dropped."""
+        self.table.transfer(pages, (Owner.REQUEST, Owner.TREE), Owner.FREE)
+        for page in pages[self.hot.levels[pages] > 0].tolist():
+            self.hot.release(page)
+        self.table.forget(pages)
+
+    def clear(self) -> None:
+        """All pages to the free list, all hot blocks too."""
+        self.hot.clear()
+        self.table.owner.fill(Owner.FREE)
+        self.table.forget(np.arange(self.table.count))
+
+    def adopt_hot_rows(self, duplicates: np.ndarray, originals: np.ndarray) -> int:
+        """The tree's pages take the hot rows of recomputed duplicates of the same tokens, where they lack their own.
+
+        Args:
+            duplicates, originals: int64 [N], page by page the same tokens.
+
+        Returns:
+            Number of pages that took rows.
+        """
+        wanted = (self.hot.levels[duplicates] == PAGE_TOKENS) & (self.hot.levels[originals] < PAGE_TOKENS) & self.table.sealed[duplicates]
+        for duplicate, original in zip(duplicates[wanted].tolist(), originals[wanted].tolist(), strict=True):
+            if self.hot.levels[original]:
+                self.hot.release(original)
+            self.hot.move(duplicate, original)
+            self.table.window[original] = self.table.window[duplicate]
+            self.table.last_use[original] = self.table.last_use[duplicate]
+        return int(wanted.sum())
+
+    def mark_continuation(self, pages: np.ndarray) -> None:
+        """The end of these pages is where a later reader continues: they stay hot as long as the pool allows."""
+        hot = pages[self.hot.levels[pages] == PAGE_TOKENS]
+        self.table.continuation[hot] = True
+        self.table.last_use[hot] = self.residency.now
+
+    def end_prefill(self, pages: np.ndarray) -> None:
+        """The prompt on these pages is prefilled, or given up."""
+        self.table.prefilling[pages] = False
+
+    def is_whole(self, pages: np.ndarray) -> np.ndarray:
+        """bool [N]: the page's 32 tokens are all at int8."""
+        return self.hot.levels[pages] == PAGE_TOKENS
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def seal(self, layer: int, pages: torch.Tensor, rows: Rows) -> None:
+        """Write the 2-bit records of `pages` (int64 [N]) from their int8 rows, each tensor [N, Hkv, 32, ...]."""
+        self.base.write(layer, pages, *self.codec.seal(layer, rows.k, rows.k_scale, rows.v, rows.v_scale))
+
+    # Accounting ------------------------------------------------------------------------------------------------------
+
+    @property
+    def allocated_bytes(self) -> dict[str, int]:
+        """Bytes by what they hold. Host tables count too: they exist per page."""
+        return {
+            "codes": self.base.code_bytes,
+            "scales": self.base.scale_bytes,
+            "hot_pool": self.hot.row_bytes,
+            "tables": self.hot.table_bytes + self.table.nbytes,
+            "codec_parameters": self.codec.parameter_bytes if self.codec else 0,
+        }
+
+    @property
+    def effective_bits(self) -> float:
+        """Allocated bits per K or V element of the token capacity, everything included."""
+        elements = self.pages * PAGE_TOKENS * self.geometry.kv_elements_per_token
+        return sum(self.allocated_bytes.values()) * 8 / elements
+
+    def usage_by_level(self) -> dict[str, dict[str, int]]:
+        """Tokens and bytes of owned pages by level; `fresh` pages have no 2-bit record yet."""
+        owned = self.table.owner != Owner.FREE
+        owned[0] = False
+        record = BaseRecords.page_bytes(self.geometry, self.layout)
+        block = HotPool.block_bytes(self.geometry)
+        usage = {}
+        for level in LEVELS:
+            count = int((owned & self.table.sealed & (self.hot.levels == level)).sum())
+            usage[str(level)] = {"tokens": count * PAGE_TOKENS, "bytes": count * (record + block * level // 2)}
+        fresh = int((owned & ~self.table.sealed).sum())
+        usage["fresh"] = {"tokens": fresh * PAGE_TOKENS, "bytes": fresh * (record + block * PAGE_BLOCKS)}
+        return usage
+
+    def check_integrity(self, free_pages: np.ndarray, tree_pages: np.ndarray) -> None:
+        """Recount owners and bytes.
+
+        Args:
+            free_pages: int64, the allocator's free list.
+            tree_pages: int64, pages of all radix nodes.
+
+        Raises:
+            RuntimeError: naming the first page or block that has not exactly one owner, or a byte count that is off.
+        """
+        self.hot.check_integrity()
+        for name, listed, owner in (("free list", free_pages, Owner.FREE), ("tree", tree_pages, Owner.TREE)):
+            ours = np.flatnonzero(self.table.owner[1:] == owner) + 1
+            if len(np.unique(listed)) != len(listed):
+                raise RuntimeError(f"the {name} names {len(listed)} pages, of which {len(np.unique(listed))} are distinct")
+            if not np.array_equal(np.sort(listed), ours):
+                odd = np.setxor1d(listed, ours)
+                raise RuntimeError(f"the {name} holds {len(listed)} pages, the page table says {len(ours)}; first difference: page {odd[0]}")
+        free = self.table.owner == Owner.FREE
+        if (self.hot.levels[free] > 0).any():
+            raise RuntimeError(f"{int((self.hot.levels[free] > 0).sum())} free pages hold hot rows")
+        tree = self.table.owner == Owner.TREE
+        if not self.table.sealed[tree].all():
+            raise RuntimeError(f"{int((~self.table.sealed[tree]).sum())} pages of the tree are not sealed")
+        fresh = (self.table.owner == Owner.REQUEST) & ~self.table.sealed
+        if (self.hot.levels[fresh] % PAGE_TOKENS).any():
+            raise RuntimeError("a fresh page holds part of its int8 rows")
+        used = sum(entry["bytes"] for entry in self.usage_by_level().values())
+        owned = int((self.table.owner != Owner.FREE).sum())
+        blocks = self.hot.capacity - self.hot.free_blocks
+        unwritten = int((self.hot.levels[fresh] == 0).sum()) * PAGE_BLOCKS
+        expected = owned * BaseRecords.page_bytes(self.geometry, self.layout) + (blocks + unwritten) * HotPool.block_bytes(self.geometry)
+        if used != expected:
+            raise RuntimeError(f"bytes by level add up to {used}, the pools hold {expected}")

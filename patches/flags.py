@@ -1,0 +1,101 @@
+"""Command-line flags of the plugin, and how they reach the scheduler process."""
+
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
+from oscar_radix.config import OscarConfig
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags
+from oscar_radix.patches.targets import problems
+from oscar_radix.policy import POLICIES
+
+ATTRIBUTE = "_oscar_config"
+"""Attribute of ServerArgs that carries the OscarConfig; underscore names survive SGLang's freezing and pickling."""
+
+
+class _KvQuantAction(Action):
+    """Stores --kv-quant. Asking for `oscar` fails here when the plugin is not fully in place: SGLang itself only logs that."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option_string: str | None = None) -> None:
+        found = problems(expect_hooks=True) if value == "oscar" else []
+        if found:
+            parser.error("--kv-quant oscar cannot start on this SGLang:\n  " + "\n  ".join(found))
+        setattr(namespace, self.dest, value)
+
+
+def add_flags(_result: None, parser: ArgumentParser) -> None:
+    """AFTER hook of ServerArgs.add_cli_args."""
+    group = parser.add_argument_group("oscar_radix", "a radix prefix cache whose pages are stored in 2 bits")
+    group.add_argument(
+        "--kv-quant",
+        action=_KvQuantAction,
+        choices=["none", "oscar"],
+        default="none",
+        help="'oscar' stores the whole KV cache in 2-bit pages under a pool of int8 rows; 'none' leaves SGLang as it is.",
+    )
+    group.add_argument(
+        "--oscar-recipe",
+        choices=list(RECIPES),
+        default=DEFAULT_RECIPE,
+        help=f"How rows become 2 bits. Default: {DEFAULT_RECIPE}.",
+    )
+    group.add_argument(
+        "--oscar-calibration",
+        metavar="FILE",
+        default=None,
+        help="Calibration made by 'oscar-radix calibrate'. Without it the one cached for this model is used, or made at start-up from a bundled text.",
+    )
+    group.add_argument(
+        "--oscar-policy",
+        choices=list(POLICIES),
+        default="window",
+        help="What becomes of int8 rows outside the recent windows: 'window' keeps whole pages until the pool needs their bytes, "
+        "'none' drops them at once, 'random' keeps 2 random rows a page. Default: window.",
+    )
+    group.add_argument(
+        "--oscar-recent-tokens",
+        type=int,
+        default=256,
+        help=f"Tokens before the end of a sequence that stay at int8; a multiple of {PAGE_TOKENS}. Default: 256.",
+    )
+    group.add_argument(
+        "--oscar-hot-fraction",
+        type=float,
+        default=0.12,
+        help="Share of the KV byte budget for the pool of int8 rows. Default: 0.12.",
+    )
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> Any:
+    """AROUND hook of ServerArgs.from_cli_args: refuse what cannot work, choose what must be, attach the configuration."""
+    if getattr(args, "kv_quant", "none") != "oscar":
+        return original(cls, args)
+    try:
+        config = OscarConfig(
+            recipe=args.oscar_recipe,
+            calibration=args.oscar_calibration,
+            policy=args.oscar_policy,
+            recent_tokens=args.oscar_recent_tokens,
+            hot_fraction=args.oscar_hot_fraction,
+        )
+        refuse_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        refuse_flags(args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from (None if isinstance(error, Refused) else error)
+    args.page_size = PAGE_TOKENS
+    args.radix_cache_backend = "oscar"
+    # On the CPU our backend stands in the place of SGLang's torch_native one, which switches CUDA graphs off by itself.
+    args.attention_backend = "torch_native"
+    args.disable_overlap_schedule = True
+    server_args = original(cls, args)
+    object.__setattr__(server_args, ATTRIBUTE, config)
+    return server_args
+
+
+def config_of(server_args: Any) -> OscarConfig | None:
+    """The configuration that `from_cli_args` attached; None when the server runs without --kv-quant oscar."""
+    return getattr(server_args, ATTRIBUTE, None)

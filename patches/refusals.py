@@ -1,0 +1,131 @@
+"""Combinations that `--kv-quant oscar` refuses at start: what, why, and what to do instead."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from oscar_radix.geometry import PAGE_TOKENS, SUPPORTED_HEAD_DIMS
+
+
+class Refused(ValueError):
+    """A combination of flags or a model that cannot work with --kv-quant oscar."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Refuse when `applies` says so; `message` names what, why and what to do instead."""
+
+    applies: Callable[[Namespace], bool]
+    message: str
+
+
+def _flag(name: str, *neutral: object) -> Callable[[Namespace], bool]:
+    """True where the flag is set to anything but None, False or one of `neutral`."""
+    return lambda args: getattr(args, name, None) not in (None, False, *neutral)
+
+
+def _at_least_two(name: str) -> Callable[[Namespace], bool]:
+    return lambda args: (getattr(args, name, None) or 1) > 1
+
+
+FLAG_RULES: tuple[Rule, ...] = (
+    Rule(
+        _flag("kv_cache_dtype", "auto", "bf16", "bfloat16"),
+        "--kv-cache-dtype {kv_cache_dtype}: rows are int8 first and 2 bits after; drop the flag, or drop --kv-quant oscar",
+    ),
+    Rule(
+        _flag("page_size", PAGE_TOKENS),
+        f"--page-size {{page_size}}: a page is sealed as {PAGE_TOKENS} tokens; drop the flag or set --page-size {PAGE_TOKENS}",
+    ),
+    Rule(
+        _flag("speculative_algorithm"),
+        "--speculative-algorithm {speculative_algorithm}: draft tokens would be sealed before they are accepted; drop the flag",
+    ),
+    Rule(
+        _flag("disaggregation_mode", "null"),
+        "--disaggregation-mode {disaggregation_mode}: packed pages cannot be transferred between servers yet; serve without disaggregation",
+    ),
+    Rule(
+        _flag("enable_hierarchical_cache"),
+        "--enable-hierarchical-cache: HiCache copies bf16 rows, there are none; drop the flag (2 bits hold about 6 times the tokens on the GPU)",
+    ),
+    Rule(_flag("enable_lmcache"), "--enable-lmcache: LMCache copies bf16 rows, there are none; drop the flag"),
+    Rule(_flag("enable_flexkv"), "--enable-flexkv: FlexKV copies bf16 rows, there are none; drop the flag"),
+    Rule(
+        _at_least_two("pp_size"),
+        "--pipeline-parallel-size {pp_size}: ranks would hold different layers of a page's calibration; use --tensor-parallel-size",
+    ),
+    Rule(
+        _at_least_two("dcp_size"),
+        "--decode-context-parallel-size {dcp_size}: pages would be spread over ranks token by token; use --tensor-parallel-size",
+    ),
+    Rule(_at_least_two("attn_cp_size"), "--attn-cp-size {attn_cp_size}: context parallelism splits pages; use --tensor-parallel-size"),
+    Rule(
+        _flag("enable_deterministic_inference"),
+        "--enable-deterministic-inference: a page's precision depends on the traffic before; drop the flag",
+    ),
+    Rule(_flag("enable_streaming_session"), "--enable-streaming-session: a session's pages outlive the request that owns them; drop the flag"),
+    Rule(_flag("enable_session_radix_cache"), "--enable-session-radix-cache: needs SGLang's unified tree; drop the flag"),
+    Rule(_flag("enable_hisparse"), "--enable-hisparse: has a pool of its own; drop the flag"),
+    Rule(_flag("enable_unified_memory"), "--enable-unified-memory: has a pool of its own; drop the flag"),
+    Rule(_flag("enable_page_major_kv_layout"), "--enable-page-major-kv-layout: has a pool of its own; drop the flag"),
+    Rule(_flag("prefill_only_disable_kv_cache"), "--prefill-only-disable-kv-cache: there would be no cache to quantise; drop one of the two"),
+    Rule(_flag("enable_two_batch_overlap"), "--enable-two-batch-overlap: two batches would plan one pool at once; drop the flag"),
+    Rule(_flag("enable_pdmux"), "--enable-pdmux: prefill and decode would plan one pool at once; drop the flag"),
+    Rule(_flag("enable_dp_attention"), "--enable-dp-attention: idle ranks are not planned yet; use --tensor-parallel-size"),
+    Rule(_flag("enable_torch_compile"), "--enable-torch-compile: the attention backend is not traceable; drop the flag"),
+    Rule(_flag("enable_mixed_chunk"), "--enable-mixed-chunk: decode tokens would be planned as prompts; drop the flag"),
+    Rule(_flag("enable_memory_saver"), "--enable-memory-saver: the pool cannot be released and restored yet; drop the flag"),
+    Rule(_flag("kv_canary", "none"), "--kv-canary {kv_canary}: hashes bf16 rows, there are none; drop the flag"),
+    Rule(_flag("dllm_algorithm"), "--dllm-algorithm {dllm_algorithm}: rewrites cached tokens; drop the flag"),
+    Rule(
+        _flag("radix_cache_backend", "oscar"),
+        "--radix-cache-backend {radix_cache_backend}: page states live in our own tree adapter; drop the flag",
+    ),
+    Rule(
+        _flag("attention_backend", "torch_native"),
+        "--attention-backend {attention_backend}: reads bf16 rows, there are none; drop the flag, the right backend is chosen",
+    ),
+    Rule(_flag("prefill_attention_backend", "torch_native"), "--prefill-attention-backend {prefill_attention_backend}: reads bf16 rows; drop the flag"),
+    Rule(_flag("decode_attention_backend", "torch_native"), "--decode-attention-backend {decode_attention_backend}: reads bf16 rows; drop the flag"),
+)
+
+
+def refuse_device(device: str) -> None:
+    """Only the CPU until the GPU kernels exist."""
+    if device != "cpu":
+        raise Refused(
+            f"--kv-quant oscar cannot serve on device '{device}' yet: its GPU kernels do not exist, only the plain-torch path for CPUs; "
+            "start with --device cpu, or drop --kv-quant oscar"
+        )
+
+
+def refuse_flags(args: Namespace) -> None:
+    """Raise Refused with every flag that does not go with --kv-quant oscar, one line each."""
+    broken = [rule.message.format(**vars(args)) for rule in FLAG_RULES if rule.applies(args)]
+    if broken:
+        raise Refused("--kv-quant oscar does not go with:\n  " + "\n  ".join(broken))
+
+
+def refuse_model(configurator: object) -> None:
+    """Raise Refused for models whose cache is not plain multi-head or grouped-query attention.
+
+    Args:
+        configurator: SGLang's KVCacheConfigurator.
+    """
+    model = configurator.model_config
+    name = ", ".join(getattr(model.hf_config, "architectures", None) or ["unknown"])
+    if configurator.use_mla_backend:
+        raise Refused(f"--kv-quant oscar: {name} uses multi-head latent attention (MLA), whose latent rows have no heads; serve it without --kv-quant")
+    if configurator.is_hybrid_swa or getattr(model, "sliding_window_size", None):
+        raise Refused(f"--kv-quant oscar: {name} has sliding-window layers, whose pages expire one by one; serve it without --kv-quant")
+    if configurator.mambaish_config is not None:
+        raise Refused(f"--kv-quant oscar: {name} mixes attention with state-space layers, whose states are not pages; serve it without --kv-quant")
+    if getattr(model, "is_encoder_decoder", False):
+        raise Refused(f"--kv-quant oscar: {name} has cross-attention, whose keys are not a prefix; serve it without --kv-quant")
+    if not getattr(model, "is_generation", True):
+        raise Refused(f"--kv-quant oscar: {name} is served for embeddings, which keep no prefix cache; serve it without --kv-quant")
+    if model.head_dim not in SUPPORTED_HEAD_DIMS or model.v_head_dim != model.head_dim:
+        raise Refused(
+            f"--kv-quant oscar: {name} has head dims {model.head_dim} (K) and {model.v_head_dim} (V); supported are equal ones of {SUPPORTED_HEAD_DIMS}"
+        )

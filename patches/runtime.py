@@ -1,0 +1,46 @@
+"""What one scheduler process shares between the hooks: the store, its sizes, and what reports on them."""
+
+import logging
+from dataclasses import dataclass
+
+from oscar_radix.attention.backend import TorchAttention
+from oscar_radix.budget import PoolSizes
+from oscar_radix.config import OscarConfig
+from oscar_radix.geometry import Geometry
+from oscar_radix.metrics import Metrics
+from oscar_radix.pool.store import KVStore
+
+logger = logging.getLogger("oscar_radix")
+
+
+@dataclass
+class Runtime:
+    """Filled in the order of SGLang's start-up: sizes, store, attention, calibration, metrics."""
+
+    config: OscarConfig
+    geometry: Geometry
+    sizes: PoolSizes
+    store: KVStore | None = None
+    attention: TorchAttention | None = None
+    metrics: Metrics | None = None
+
+    def log_periodically(self) -> None:
+        """One line every `log_interval` forwards."""
+        if self.metrics and self.store.residency.now % self.config.log_interval == 0:
+            logger.info(self.metrics.periodic_line())
+
+
+_runtime: Runtime | None = None
+
+
+def install(runtime: Runtime) -> None:
+    """Make `runtime` the one of this process."""
+    global _runtime
+    _runtime = runtime
+
+
+def current() -> Runtime:
+    """The runtime of this process; it exists from the sizing of the KV pool on."""
+    if _runtime is None:
+        raise RuntimeError("the KV pool is not sized yet: the hook on KVCacheConfigurator.config_from_budget did not run")
+    return _runtime

@@ -1,0 +1,46 @@
+"""Hooks on the scheduler: refuse to start unless the plugin is whole, calibrate, report."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from oscar_radix.codec import get_recipe
+from oscar_radix.metrics import Metrics
+from oscar_radix.patches.flags import config_of
+from oscar_radix.patches.radix import OscarRadixCache
+from oscar_radix.patches.runtime import current
+from oscar_radix.patches.startup_calibration import load_or_calibrate
+from oscar_radix.patches.targets import problems
+
+logger = logging.getLogger("oscar_radix")
+
+
+def scheduler_init(original: Callable[..., None], self: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND Scheduler.__init__."""
+    config = config_of(server_args)
+    if config is None:
+        original(self, server_args, *args, **kwargs)
+        return
+    found = problems(expect_hooks=True)
+    if found:
+        raise RuntimeError("--kv-quant oscar cannot start on this SGLang:\n  " + "\n  ".join(found))
+    original(self, server_args, *args, **kwargs)
+    runtime = current()
+    missing = [name for name, part in (("store", runtime.store), ("attention backend", runtime.attention)) if part is None]
+    if not (server_args.disable_radix_cache or isinstance(self.tree_cache, OscarRadixCache)):
+        missing.append("radix cache")
+    if missing:
+        raise RuntimeError(f"--kv-quant oscar: SGLang did not build our {', '.join(missing)}; refusing to serve bf16 silently")
+    calibration, source = load_or_calibrate(self.tp_worker.model_runner, self.tokenizer, config, runtime.geometry)
+    runtime.store.codec = get_recipe(config.recipe).codec(calibration, runtime.store.device)
+    runtime.metrics = Metrics(config, runtime.sizes, runtime.store, source)
+    for line in runtime.metrics.startup_lines():
+        logger.info(line)
+
+
+def get_internal_state(result: Any, self: Any, recv_req: Any) -> Any:
+    """AFTER Scheduler.get_internal_state: the report under `kv_quant` in /server_info."""
+    if config_of(self.server_args) is None:
+        return None
+    result.internal_state["kv_quant"] = current().metrics.report()
+    return result

@@ -1,0 +1,110 @@
+"""Calibration at start-up: the file that the user names, the cached one, or a new one from a bundled text."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.runtime_context import get_parallel
+
+from oscar_radix.calibration.builtin_text import builtin_text
+from oscar_radix.calibration.cache import cached_path
+from oscar_radix.calibration.file import check_fits, load_calibration, save_calibration
+from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerprint
+from oscar_radix.calibration.moments import MomentAccumulator
+from oscar_radix.codec import Calibration, CalibrationError, get_recipe
+from oscar_radix.config import OscarConfig
+from oscar_radix.geometry import Geometry
+from oscar_radix.patches.attention import OscarAttentionBackend
+
+logger = logging.getLogger("oscar_radix")
+
+SEQUENCE_TOKENS = 1024
+"""Tokens of one calibration sequence."""
+
+CALIBRATION_TOKENS = 6144
+"""Tokens of the bundled text that are used."""
+
+
+def load_or_calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geometry) -> tuple[Calibration, str]:
+    """The calibration of this rank, and where it came from (for logs).
+
+    Raises:
+        CalibrationError: when the named file does not fit, or when there is no tokenizer to calibrate with.
+    """
+    model_path = runner.model_config.model_path
+    fingerprint = model_fingerprint(model_path)
+    parallel = get_parallel()
+    rank, size = parallel.attn_tp_rank, parallel.attn_tp_size
+    if config.calibration:
+        calibration = load_calibration(config.calibration)
+        calibration = calibration.shard(rank, size)
+        check_fits(calibration, fingerprint, geometry, config.recipe)
+        return calibration, f"from {config.calibration}"
+    path = Path(cached_path(fingerprint, config.recipe, rank, size))
+    if path.exists():
+        try:
+            calibration = load_calibration(path)
+            check_fits(calibration, fingerprint, geometry, config.recipe)
+            return calibration, f"cached in {path}"
+        except CalibrationError as error:
+            logger.warning("kv-quant oscar: the cached calibration cannot be used and is made again: %s", error)
+    if tokenizer is None:
+        raise CalibrationError(
+            "--skip-tokenizer-init leaves no tokenizer to calibrate with; make a file with 'oscar-radix calibrate' and name it in --oscar-calibration"
+        )
+    calibration = _calibrate(runner, tokenizer, config, geometry, fingerprint)
+    save_calibration(path, calibration)
+    return calibration, f"made from {calibration.tokens} tokens of the bundled text, cached in {path}"
+
+
+def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geometry, fingerprint: str) -> Calibration:
+    text = builtin_text()
+    tokens = tokenizer.encode(text)[:CALIBRATION_TOKENS]
+    logger.info("kv-quant oscar: no calibration for this model yet; running %d tokens of the bundled text through it", len(tokens))
+    backend = runner.attn_backend
+    if not isinstance(backend, OscarAttentionBackend):
+        raise RuntimeError(f"the model runner's attention backend is {type(backend).__name__}, not ours")
+    backend.moments = MomentAccumulator(geometry)
+    try:
+        for start in range(0, len(tokens), SEQUENCE_TOKENS):
+            _prefill(runner, backend, tokens[start : start + SEQUENCE_TOKENS])
+        moments = backend.moments.finish()
+    finally:
+        backend.moments = None
+    calibration = get_recipe(config.recipe).fit(moments)
+    return calibration.with_origin(
+        model_name=Path(runner.model_config.model_path).name, model_fingerprint=fingerprint, text_hash=text_fingerprint(text)
+    )
+
+
+@torch.no_grad()
+def _prefill(runner: Any, backend: OscarAttentionBackend, tokens: list[int]) -> None:
+    """One sequence through the model; nothing is cached (every slot is padding slot 0)."""
+    device, count = runner.device, len(tokens)
+    lengths = torch.tensor([count], dtype=torch.int64, device=device)
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    batch = ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
+        req_pool_indices=zero,
+        seq_lens=lengths,
+        out_cache_loc=torch.zeros(count, dtype=torch.int64, device=device),
+        seq_lens_sum=count,
+        seq_lens_cpu=lengths.cpu(),
+        positions=torch.arange(count, dtype=torch.int64, device=device),
+        extend_num_tokens=count,
+        extend_seq_lens=lengths.to(torch.int32),
+        extend_prefix_lens=zero.to(torch.int32),
+        extend_start_loc=zero.to(torch.int32),
+        extend_prefix_lens_cpu=[0],
+        extend_seq_lens_cpu=[count],
+        extend_logprob_start_lens_cpu=[count],
+        capture_hidden_mode=CaptureHiddenMode.NULL,
+        num_token_non_padded_cpu=count,
+    )
+    with forward_context(ForwardContext(attn_backend=backend)):
+        runner.model.forward(batch.input_ids, batch.positions, batch)
