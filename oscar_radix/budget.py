@@ -75,14 +75,15 @@ def split_budget(
     if hot_blocks * block > LARGEST_HOT_SHARE * budget_bytes:
         possible = int(LARGEST_HOT_SHARE * budget_bytes) // (block * PAGE_BLOCKS)
         raise ValueError(
-            f"the KV budget of {budget_bytes / 2**20:.1f} MiB has room for {possible} fresh pages in half of it, but {running_requests or 1} running "
-            f"requests and a prefill chunk of {prefill_tokens or 0} tokens ask for {wanted_pages}: lower --max-running-requests or "
-            f"--chunked-prefill-size, or raise --mem-fraction-static or --max-total-tokens"
+            f"the KV budget of {budget_bytes / 2**20:.1f} MiB has room for {possible} fresh pages in half of it, but "
+            f"{running_requests or 1} running requests and a prefill chunk of {prefill_tokens or 0} tokens ask for {wanted_pages}: "
+            f"lower --max-running-requests or --chunked-prefill-size, or raise --mem-fraction-static or --max-total-tokens"
         )
     pages = (budget_bytes - hot_blocks * block - parameter_bytes) // page - 1
     if pages < 1:
         raise ValueError(
-            f"the KV budget of {budget_bytes / 2**20:.1f} MiB is used up by the hot pool ({hot_blocks * block / 2**20:.1f} MiB) and the codec's "
-            f"parameters ({parameter_bytes / 2**20:.1f} MiB); one page takes {page / 2**20:.3f} MiB: raise --mem-fraction-static or --max-total-tokens"
+            f"the KV budget of {budget_bytes / 2**20:.1f} MiB is used up by the hot pool ({hot_blocks * block / 2**20:.1f} MiB) and "
+            f"the codec's parameters ({parameter_bytes / 2**20:.1f} MiB); one page takes {page / 2**20:.3f} MiB: raise "
+            f"--mem-fraction-static or --max-total-tokens"
         )
     return PoolSizes(budget_bytes, geometry.kv_elements_per_token * 2, pages, hot_blocks)

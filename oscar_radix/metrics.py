@@ -58,7 +58,8 @@ class Metrics:
 
     def periodic_line(self) -> str:
         """Tokens and bytes by level."""
-        levels = [f"level {level}: {entry['tokens']} tokens {entry['bytes'] / MIB:.1f} MiB" for level, entry in self.store.usage_by_level().items()]
+        usage = self.store.usage_by_level()
+        levels = [f"level {level}: {entry['tokens']} tokens {entry['bytes'] / MIB:.1f} MiB" for level, entry in usage.items()]
         hot = self.store.hot
         return (
             f"kv-quant oscar: {', '.join(levels)}; hot blocks {hot.capacity - hot.free_blocks} of {hot.capacity} used, "

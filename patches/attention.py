@@ -3,6 +3,9 @@
 from typing import Any
 
 import torch
+from oscar_radix.kernels.attend import attend
+from oscar_radix.patches.refusals import Refused
+from oscar_radix.patches.runtime import Runtime
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
@@ -10,9 +13,6 @@ from oscar_radix.attention.backend import TorchAttention
 from oscar_radix.attention.plan import ForwardPlan, plan_forward
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.kernels.attend import attend
-from oscar_radix.patches.refusals import Refused
-from oscar_radix.patches.runtime import Runtime
 from oscar_radix.sequence import Sequence
 
 
@@ -92,8 +92,8 @@ def _refuse_layers(model: torch.nn.Module) -> None:
         if not isinstance(layer, RadixAttention):
             continue
         if layer.logit_cap:
-            raise Refused(f"--kv-quant oscar: {name} caps its attention scores at {layer.logit_cap}; serve this model without --kv-quant")
+            raise Refused(f"--kv-quant oscar: {name} caps its attention scores at {layer.logit_cap}; serve it without --kv-quant")
         if layer.sliding_window_size > -1:
-            raise Refused(f"--kv-quant oscar: {name} has a sliding window of {layer.sliding_window_size}; serve this model without --kv-quant")
+            raise Refused(f"--kv-quant oscar: {name} has a sliding window of {layer.sliding_window_size}; serve it without --kv-quant")
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
-            raise Refused(f"--kv-quant oscar: {name} is not causal self-attention; serve this model without --kv-quant")
+            raise Refused(f"--kv-quant oscar: {name} is not causal self-attention; serve it without --kv-quant")

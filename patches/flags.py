@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags
+from oscar_radix.patches.targets import problems
 
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags
-from oscar_radix.patches.targets import problems
 from oscar_radix.policy import POLICIES
 
 ATTRIBUTE = "_oscar_config"
@@ -47,7 +47,8 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
         "--oscar-calibration",
         metavar="FILE",
         default=None,
-        help="Calibration made by 'oscar-radix calibrate'. Without it the one cached for this model is used, or made at start-up from a bundled text.",
+        help="Calibration made by 'oscar-radix calibrate'. Without it the one cached for this model is used, or made at start-up from a "
+        "bundled text.",
     )
     group.add_argument(
         "--oscar-policy",

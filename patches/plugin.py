@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
 from oscar_radix.patches import flags, targets
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
 def register() -> None:

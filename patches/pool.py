@@ -57,5 +57,5 @@ class OscarKVPool(KVCache):
 
 def _no_dense_rows(caller: str) -> NoReturn:
     raise NotImplementedError(
-        f"{caller}: with --kv-quant oscar the KV cache has no dense rows, so this feature cannot use it; start the server without --kv-quant"
+        f"{caller}: with --kv-quant oscar the KV cache has no dense rows, so this feature cannot use it; serve without --kv-quant"
     )

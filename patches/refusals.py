@@ -47,7 +47,7 @@ FLAG_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _flag("enable_hierarchical_cache"),
-        "--enable-hierarchical-cache: HiCache copies bf16 rows, there are none; drop the flag (2 bits hold about 6 times the tokens on the GPU)",
+        "--enable-hierarchical-cache: HiCache copies bf16 rows, there are none; drop the flag",
     ),
     Rule(_flag("enable_lmcache"), "--enable-lmcache: LMCache copies bf16 rows, there are none; drop the flag"),
     Rule(_flag("enable_flexkv"), "--enable-flexkv: FlexKV copies bf16 rows, there are none; drop the flag"),
@@ -64,12 +64,12 @@ FLAG_RULES: tuple[Rule, ...] = (
         _flag("enable_deterministic_inference"),
         "--enable-deterministic-inference: a page's precision depends on the traffic before; drop the flag",
     ),
-    Rule(_flag("enable_streaming_session"), "--enable-streaming-session: a session's pages outlive the request that owns them; drop the flag"),
+    Rule(_flag("enable_streaming_session"), "--enable-streaming-session: a session's pages outlive their request; drop the flag"),
     Rule(_flag("enable_session_radix_cache"), "--enable-session-radix-cache: needs SGLang's unified tree; drop the flag"),
     Rule(_flag("enable_hisparse"), "--enable-hisparse: has a pool of its own; drop the flag"),
     Rule(_flag("enable_unified_memory"), "--enable-unified-memory: has a pool of its own; drop the flag"),
     Rule(_flag("enable_page_major_kv_layout"), "--enable-page-major-kv-layout: has a pool of its own; drop the flag"),
-    Rule(_flag("prefill_only_disable_kv_cache"), "--prefill-only-disable-kv-cache: there would be no cache to quantise; drop one of the two"),
+    Rule(_flag("prefill_only_disable_kv_cache"), "--prefill-only-disable-kv-cache: there is no cache to quantise; drop one of the two"),
     Rule(_flag("enable_two_batch_overlap"), "--enable-two-batch-overlap: two batches would plan one pool at once; drop the flag"),
     Rule(_flag("enable_pdmux"), "--enable-pdmux: prefill and decode would plan one pool at once; drop the flag"),
     Rule(_flag("enable_dp_attention"), "--enable-dp-attention: idle ranks are not planned yet; use --tensor-parallel-size"),
@@ -86,8 +86,14 @@ FLAG_RULES: tuple[Rule, ...] = (
         _flag("attention_backend", "torch_native"),
         "--attention-backend {attention_backend}: reads bf16 rows, there are none; drop the flag, the right backend is chosen",
     ),
-    Rule(_flag("prefill_attention_backend", "torch_native"), "--prefill-attention-backend {prefill_attention_backend}: reads bf16 rows; drop the flag"),
-    Rule(_flag("decode_attention_backend", "torch_native"), "--decode-attention-backend {decode_attention_backend}: reads bf16 rows; drop the flag"),
+    Rule(
+        _flag("prefill_attention_backend", "torch_native"),
+        "--prefill-attention-backend {prefill_attention_backend}: reads bf16 rows; drop the flag",
+    ),
+    Rule(
+        _flag("decode_attention_backend", "torch_native"),
+        "--decode-attention-backend {decode_attention_backend}: reads bf16 rows; drop the flag",
+    ),
 )
 
 
@@ -115,17 +121,18 @@ def refuse_model(configurator: object) -> None:
     """
     model = configurator.model_config
     name = ", ".join(getattr(model.hf_config, "architectures", None) or ["unknown"])
+    reason = None
     if configurator.use_mla_backend:
-        raise Refused(f"--kv-quant oscar: {name} uses multi-head latent attention (MLA), whose latent rows have no heads; serve it without --kv-quant")
-    if configurator.is_hybrid_swa or getattr(model, "sliding_window_size", None):
-        raise Refused(f"--kv-quant oscar: {name} has sliding-window layers, whose pages expire one by one; serve it without --kv-quant")
-    if configurator.mambaish_config is not None:
-        raise Refused(f"--kv-quant oscar: {name} mixes attention with state-space layers, whose states are not pages; serve it without --kv-quant")
-    if getattr(model, "is_encoder_decoder", False):
-        raise Refused(f"--kv-quant oscar: {name} has cross-attention, whose keys are not a prefix; serve it without --kv-quant")
-    if not getattr(model, "is_generation", True):
-        raise Refused(f"--kv-quant oscar: {name} is served for embeddings, which keep no prefix cache; serve it without --kv-quant")
-    if model.head_dim not in SUPPORTED_HEAD_DIMS or model.v_head_dim != model.head_dim:
-        raise Refused(
-            f"--kv-quant oscar: {name} has head dims {model.head_dim} (K) and {model.v_head_dim} (V); supported are equal ones of {SUPPORTED_HEAD_DIMS}"
-        )
+        reason = "uses multi-head latent attention (MLA), whose latent rows have no heads"
+    elif configurator.is_hybrid_swa:
+        reason = "has sliding-window layers, whose pages expire one by one"
+    elif configurator.mambaish_config is not None:
+        reason = "mixes attention with state-space layers, whose states are not pages"
+    elif model.is_encoder_decoder:
+        reason = "has cross-attention, whose keys are not a prefix"
+    elif not model.is_generation:
+        reason = "is served for embeddings, which keep no prefix cache"
+    elif model.head_dim not in SUPPORTED_HEAD_DIMS or model.v_head_dim != model.head_dim:
+        reason = f"has head dims {model.head_dim} (K) and {model.v_head_dim} (V); supported are equal ones of {SUPPORTED_HEAD_DIMS}"
+    if reason:
+        raise Refused(f"--kv-quant oscar: {name} {reason}; serve it without --kv-quant")

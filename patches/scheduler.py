@@ -4,13 +4,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from oscar_radix.codec import get_recipe
-from oscar_radix.metrics import Metrics
 from oscar_radix.patches.flags import config_of
 from oscar_radix.patches.radix import OscarRadixCache
 from oscar_radix.patches.runtime import current
 from oscar_radix.patches.startup_calibration import load_or_calibrate
 from oscar_radix.patches.targets import problems
+
+from oscar_radix.codec import get_recipe
+from oscar_radix.metrics import Metrics
 
 logger = logging.getLogger("oscar_radix")
 

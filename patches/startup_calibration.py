@@ -1,31 +1,34 @@
 """Calibration at start-up: the file that the user names, the cached one, or a new one from a bundled text."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from oscar_radix.patches.attention import OscarAttentionBackend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_parallel
 
 from oscar_radix.calibration.builtin_text import builtin_text
-from oscar_radix.calibration.cache import cached_path
-from oscar_radix.calibration.file import check_fits, load_calibration, save_calibration
+from oscar_radix.calibration.cache import cache_path, load_cached, store_cached
+from oscar_radix.calibration.file import check_fits, load_calibration
 from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerprint
 from oscar_radix.calibration.moments import MomentAccumulator
+from oscar_radix.calibration.predicted import fit
 from oscar_radix.codec import Calibration, CalibrationError, get_recipe
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import Geometry
-from oscar_radix.patches.attention import OscarAttentionBackend
 
 logger = logging.getLogger("oscar_radix")
 
 SEQUENCE_TOKENS = 1024
 """Tokens of one calibration sequence."""
 
-CALIBRATION_TOKENS = 6144
-"""Tokens of the bundled text that are used."""
+CALIBRATION_TOKENS = 8192
+"""Tokens of the bundled text that are used at most."""
 
 
 def load_or_calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geometry) -> tuple[Calibration, str]:
@@ -34,33 +37,31 @@ def load_or_calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry
     Raises:
         CalibrationError: when the named file does not fit, or when there is no tokenizer to calibrate with.
     """
-    model_path = runner.model_config.model_path
-    fingerprint = model_fingerprint(model_path)
+    folder = _model_folder(runner.model_config.model_path)
+    fingerprint = model_fingerprint(folder)
     parallel = get_parallel()
     rank, size = parallel.attn_tp_rank, parallel.attn_tp_size
     if config.calibration:
-        calibration = load_calibration(config.calibration)
-        calibration = calibration.shard(rank, size)
+        calibration = load_calibration(config.calibration).shard(rank, size)
         check_fits(calibration, fingerprint, geometry, config.recipe)
         return calibration, f"from {config.calibration}"
-    path = Path(cached_path(fingerprint, config.recipe, rank, size))
+    path = cache_path(fingerprint, config.recipe, rank, size)
+    cached = load_cached(path, fingerprint, geometry, config.recipe)
+    if cached is not None:
+        return cached, f"cached in {path}"
     if path.exists():
-        try:
-            calibration = load_calibration(path)
-            check_fits(calibration, fingerprint, geometry, config.recipe)
-            return calibration, f"cached in {path}"
-        except CalibrationError as error:
-            logger.warning("kv-quant oscar: the cached calibration cannot be used and is made again: %s", error)
+        logger.warning("kv-quant oscar: the calibration in %s cannot be used and is made again", path)
     if tokenizer is None:
         raise CalibrationError(
-            "--skip-tokenizer-init leaves no tokenizer to calibrate with; make a file with 'oscar-radix calibrate' and name it in --oscar-calibration"
+            "--skip-tokenizer-init leaves no tokenizer to calibrate with; make a file with 'oscar-radix calibrate' and name it in "
+            "--oscar-calibration"
         )
-    calibration = _calibrate(runner, tokenizer, config, geometry, fingerprint)
-    save_calibration(path, calibration)
+    calibration = replace(_calibrate(runner, tokenizer, config, geometry), model_name=folder.name, model_fingerprint=fingerprint)
+    store_cached(path, calibration)
     return calibration, f"made from {calibration.tokens} tokens of the bundled text, cached in {path}"
 
 
-def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geometry, fingerprint: str) -> Calibration:
+def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geometry) -> Calibration:
     text = builtin_text()
     tokens = tokenizer.encode(text)[:CALIBRATION_TOKENS]
     logger.info("kv-quant oscar: no calibration for this model yet; running %d tokens of the bundled text through it", len(tokens))
@@ -74,10 +75,13 @@ def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geome
         moments = backend.moments.finish()
     finally:
         backend.moments = None
-    calibration = get_recipe(config.recipe).fit(moments)
-    return calibration.with_origin(
-        model_name=Path(runner.model_config.model_path).name, model_fingerprint=fingerprint, text_hash=text_fingerprint(text)
-    )
+    return replace(fit(get_recipe(config.recipe), moments), text_hash=text_fingerprint(text))
+
+
+def _model_folder(model_path: str) -> Path:
+    """The model's local folder; for a hub id, the snapshot that SGLang has just loaded."""
+    folder = Path(model_path)
+    return folder if folder.is_dir() else Path(snapshot_download(model_path, local_files_only=True))
 
 
 @torch.no_grad()

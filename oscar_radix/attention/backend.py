@@ -7,7 +7,8 @@ from oscar_radix.codec.int8_rows import dequantise_rows, quantise_rows
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.attend import attend
 from oscar_radix.kernels.merge import merge_states
-from oscar_radix.pool.store import KVStore, Rows
+from oscar_radix.pool.hot_pool import Rows
+from oscar_radix.pool.store import KVStore
 
 
 class TorchAttention:
@@ -56,10 +57,9 @@ class TorchAttention:
         return key, value, Rows(k8, k_scale, v8, v_scale)
 
     def _write(self, layer: int, rows: Rows, plan: WritePlan) -> None:
-        hot = rows[plan.tokens]
-        self.store.hot.write(layer, plan.blocks, plan.rows, hot.k, hot.k_scale, hot.v, hot.v_scale)
+        self.store.hot.write(layer, plan.blocks, plan.places, rows[plan.tokens])
         if len(plan.seal_pages):
-            self.store.seal(layer, plan.seal_pages, Rows(*self.store.hot.read(layer, plan.seal_blocks)))
+            self.store.seal(layer, plan.seal_pages, self.store.hot.read(layer, plan.seal_blocks))
         if len(plan.direct_pages):
             whole = rows[plan.direct_tokens]  # [N, 32, Hkv, ...]
             by_head = Rows(*(tensor.transpose(1, 2) for tensor in (whole.k, whole.k_scale, whole.v, whole.v_scale)))
@@ -103,8 +103,8 @@ class TorchAttention:
 
     def _hot(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of hot rows, [Hkv, N * r, D]."""
-        k, k_scale, v, v_scale = self.store.hot.read(layer, blocks)
-        return _by_head(dequantise_rows(k, k_scale)), _by_head(dequantise_rows(v, v_scale))
+        rows = self.store.hot.read(layer, blocks)
+        return _by_head(dequantise_rows(rows.k, rows.k_scale)), _by_head(dequantise_rows(rows.v, rows.v_scale))
 
 
 def _by_head(rows: torch.Tensor) -> torch.Tensor:

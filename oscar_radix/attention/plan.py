@@ -15,14 +15,14 @@ from oscar_radix.sequence import Sequence
 class WritePlan:
     """Where the forward's T new tokens go. All tensors int64 on the store's device.
 
-    tokens, blocks, rows [H]: tokens (indices into the batch) whose int8 rows enter the hot pool, and their places.
+    tokens, blocks, places [H]: tokens (indices into the batch) whose int8 rows enter the hot pool, and their places.
     seal_pages [M], seal_blocks [M, 16]: pages that become full and hold all their rows in the hot pool.
     direct_pages [N], direct_tokens [N, 32]: pages that begin and end in this forward and found no hot blocks.
     """
 
     tokens: torch.Tensor
     blocks: torch.Tensor
-    rows: torch.Tensor
+    places: torch.Tensor
     seal_pages: torch.Tensor
     seal_blocks: torch.Tensor
     direct_pages: torch.Tensor
@@ -88,7 +88,7 @@ def _plan_write(store: KVStore, sequences: list[Sequence], starts: np.ndarray) -
     return WritePlan(
         tokens=as_tensor(tokens),
         blocks=as_tensor(blocks),
-        rows=as_tensor(offset[tokens] % BLOCK_ROWS),
+        places=as_tensor(offset[tokens] % BLOCK_ROWS),
         seal_pages=as_tensor(completed[whole]),
         seal_blocks=store.hot.blocks_of(completed[whole], PAGE_TOKENS),
         direct_pages=as_tensor(completed[~whole]),

@@ -1,5 +1,7 @@
 """The hot pool: a bounded cache of int8 rows over the 2-bit base."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -10,6 +12,19 @@ BLOCK_ROWS = 2
 
 PAGE_BLOCKS = PAGE_TOKENS // BLOCK_ROWS
 """Blocks of a page at level 32."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """int8 rows of one layer: k, v int8 [..., D]; k_scale, v_scale fp16 [...]; the leading axes are the same in all four."""
+
+    k: torch.Tensor
+    k_scale: torch.Tensor
+    v: torch.Tensor
+    v_scale: torch.Tensor
+
+    def __getitem__(self, index: torch.Tensor) -> "Rows":
+        return Rows(self.k[index], self.k_scale[index], self.v[index], self.v_scale[index])
 
 
 class HotPool:
@@ -111,16 +126,14 @@ class HotPool:
         """Block numbers of pages at the same level: int64 [N, level / 2] on the device."""
         return torch.from_numpy(self.block_table[pages, : level // BLOCK_ROWS].astype(np.int64)).to(self.device)
 
-    def write(
-        self, layer: int, blocks: torch.Tensor, rows: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, v: torch.Tensor, v_scale: torch.Tensor
-    ) -> None:
-        """Store T rows: `blocks`, `rows` int64 [T] (block, 0 or 1); k, v int8 [T, Hkv, D]; scales fp16 [T, Hkv]."""
-        self.k_rows[layer, blocks, :, rows] = k
-        self.v_rows[layer, blocks, :, rows] = v
-        self.scales[layer, blocks, :, rows, 0] = k_scale
-        self.scales[layer, blocks, :, rows, 1] = v_scale
+    def write(self, layer: int, blocks: torch.Tensor, places: torch.Tensor, rows: Rows) -> None:
+        """Store T rows ([T, Hkv, ...]) at `blocks` and `places` (0 or 1 in the block), int64 [T]."""
+        self.k_rows[layer, blocks, :, places] = rows.k
+        self.v_rows[layer, blocks, :, places] = rows.v
+        self.scales[layer, blocks, :, places, 0] = rows.k_scale
+        self.scales[layer, blocks, :, places, 1] = rows.v_scale
 
-    def read(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def read(self, layer: int, blocks: torch.Tensor) -> Rows:
         """Rows of N pages at one level r, in the order of their blocks.
 
         Args:
@@ -128,7 +141,7 @@ class HotPool:
             blocks: int64 [N, r / 2].
 
         Returns:
-            k int8 [N, Hkv, r, D], k_scale fp16 [N, Hkv, r], v, v_scale.
+            Rows of shape [N, Hkv, r, ...].
         """
         pages, per_page = blocks.shape
         heads, dim = self.k_rows.shape[2], self.k_rows.shape[4]
@@ -139,7 +152,7 @@ class HotPool:
             return rows.transpose(1, 2).reshape(pages, heads, per_page * BLOCK_ROWS, width)
 
         scales = gather(self.scales, 2)
-        return gather(self.k_rows, dim), scales[..., 0], gather(self.v_rows, dim), scales[..., 1]
+        return Rows(gather(self.k_rows, dim), scales[..., 0], gather(self.v_rows, dim), scales[..., 1])
 
     def read_row_numbers(self, layer: int, blocks: torch.Tensor) -> torch.Tensor:
         """Token numbers of the same rows: int64 [N, Hkv, r]."""

@@ -49,10 +49,9 @@ class PageTable:
             raise RuntimeError(f"{len(pages)} pages are to become {new_owner.name}, but only {len(np.unique(pages))} are distinct")
         wrong = pages[~np.isin(self.owner[pages], allowed)]
         if len(wrong):
+            owner = Owner(self.owner[wrong[0]]).name
             names = [owner.name for owner in allowed]
-            raise RuntimeError(
-                f"{len(wrong)} pages cannot become {new_owner.name}: page {wrong[0]} is owned by {Owner(self.owner[wrong[0]]).name}, not by {names}"
-            )
+            raise RuntimeError(f"{len(wrong)} pages cannot become {new_owner.name}: page {wrong[0]} is owned by {owner}, not by {names}")
         self.owner[pages] = new_owner
 
     def forget(self, pages: np.ndarray) -> None:

@@ -41,8 +41,8 @@ class Residency:
             for page in partial:
                 if not self.hot.levels[page] and not self._acquire(int(page), victims, IN_USE):
                     raise RuntimeError(
-                        f"the hot pool of {self.hot.capacity} blocks is full of unsealed pages: {len(sequences)} sequences need one page of "
-                        f"16 blocks each; lower --max-running-requests or raise --oscar-hot-fraction"
+                        f"the hot pool of {self.hot.capacity} blocks is full of unsealed pages: {len(sequences)} sequences need one "
+                        f"page of 16 blocks each; lower --max-running-requests or raise --oscar-hot-fraction"
                     )
         for sequence in sequences:
             # From the end backwards: when the pool runs short, the newest tokens stay hot.

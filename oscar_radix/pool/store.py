@@ -1,7 +1,5 @@
 """The store: base records and hot pool of all layers, with the states and owners of their pages."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -10,22 +8,9 @@ from oscar_radix.codec.layout import RecordLayout
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import LEVELS, Policy
 from oscar_radix.pool.base_records import BaseRecords
-from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool, Rows
 from oscar_radix.pool.pages import Owner, PageTable
 from oscar_radix.pool.residency import Residency
-
-
-@dataclass(frozen=True)
-class Rows:
-    """int8 rows of T tokens of one layer: k, v int8 [T, Hkv, D]; k_scale, v_scale fp16 [T, Hkv]."""
-
-    k: torch.Tensor
-    k_scale: torch.Tensor
-    v: torch.Tensor
-    v_scale: torch.Tensor
-
-    def __getitem__(self, index: torch.Tensor) -> "Rows":
-        return Rows(self.k[index], self.k_scale[index], self.v[index], self.v_scale[index])
 
 
 class KVStore:
@@ -184,7 +169,7 @@ class KVStore:
                 raise RuntimeError(f"the {name} names {len(listed)} pages, of which {len(np.unique(listed))} are distinct")
             if not np.array_equal(np.sort(listed), ours):
                 odd = np.setxor1d(listed, ours)
-                raise RuntimeError(f"the {name} holds {len(listed)} pages, the page table says {len(ours)}; first difference: page {odd[0]}")
+                raise RuntimeError(f"the {name} holds {len(listed)} pages, the page table says {len(ours)}; first odd one: page {odd[0]}")
         free = self.table.owner == Owner.FREE
         if (self.hot.levels[free] > 0).any():
             raise RuntimeError(f"{int((self.hot.levels[free] > 0).sum())} free pages hold hot rows")

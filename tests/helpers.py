@@ -1,0 +1,57 @@
+"""Small models of a KV cache for the core's tests."""
+
+import numpy as np
+import torch
+
+from oscar_radix.calibration.moments import MomentAccumulator
+from oscar_radix.codec import get_recipe
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.policy import POLICIES
+from oscar_radix.pool.hot_pool import PAGE_BLOCKS
+from oscar_radix.pool.store import KVStore
+
+GEOMETRY = Geometry(layers=2, kv_heads=3, query_heads=6, head_dim=64)
+
+
+def random_qkv(geometry: Geometry, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [T, Hq, D], k and v [T, Hkv, D] in bf16, with unequal channels and a key mean, as real models have."""
+    dim = geometry.head_dim
+    spread = torch.logspace(0.5, -0.8, dim)
+    q = torch.randn(tokens, geometry.query_heads, dim, generator=generator)
+    k = torch.randn(tokens, geometry.kv_heads, dim, generator=generator) * spread + 1.5
+    v = torch.randn(tokens, geometry.kv_heads, dim, generator=generator)
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+
+
+def make_codec(recipe: str = "tck", geometry: Geometry = GEOMETRY, device: str = "cpu"):
+    """A codec calibrated on random rows."""
+    generator = torch.Generator().manual_seed(7)
+    moments = MomentAccumulator(geometry)
+    for layer in range(geometry.layers):
+        moments.add(layer, *random_qkv(geometry, 16 * geometry.head_dim, generator))
+    chosen = get_recipe(recipe)
+    return chosen.codec(chosen.fit(moments.finish()), device)
+
+
+def make_store(
+    pages: int = 64, hot_pages: int = 32, policy: str = "none", recent_tokens: int = 64, recipe: str = "tck", geometry: Geometry = GEOMETRY
+) -> KVStore:
+    """A store with a codec, ready to serve."""
+    store = KVStore(
+        geometry, get_recipe(recipe).layout(geometry.head_dim), pages, hot_pages * PAGE_BLOCKS, POLICIES[policy](), recent_tokens, "cpu"
+    )
+    store.codec = make_codec(recipe, geometry)
+    return store
+
+
+def page_count(tokens: int) -> int:
+    """Pages of `tokens` tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def take_pages(store: KVStore, count: int) -> np.ndarray:
+    """Allocate the lowest free pages."""
+    free = np.flatnonzero(store.table.owner == 0)
+    pages = free[free > 0][:count]
+    store.allocate(pages)
+    return pages
