@@ -1,0 +1,46 @@
+"""What `oscar-radix inspect FILE` prints."""
+
+from collections import Counter
+from pathlib import Path
+
+from torch import Tensor
+
+from oscar_radix.calibration.file import load_calibration
+from oscar_radix.codec import Calibration, get_recipe
+from oscar_radix.codec.packing import Widths
+
+
+def describe(path: Path | str) -> str:
+    """Model, geometry, recipe, bits, widths and predicted error per layer; CalibrationError when the file cannot be read."""
+    calibration = load_calibration(path)
+    g = calibration.geometry
+    layout = get_recipe(calibration.recipe).layout(g.head_dim)
+    lines = [
+        f"model        {calibration.model_name or '(unnamed)'}, fingerprint {calibration.model_fingerprint or '(none)'}",
+        f"geometry     {g.layers} layers, {g.kv_heads} KV heads, {g.query_heads} query heads, head dim {g.head_dim}",
+        f"recipe       {calibration.recipe}: {layout.bits_per_element(g.head_dim):.3f} bits per element, scales included",
+        f"calibrated   on {calibration.tokens} tokens, text {calibration.text_hash or '(none)'}, "
+        f"{calibration.report.get('skipped_rows', 0)} rows with NaN or Inf left out",
+        "",
+        "layer  K error  V error  channels at 4/3/2/1/0 bits, by KV head",
+    ]
+    return "\n".join(lines + _layers(calibration))
+
+
+def _layers(calibration: Calibration) -> list[str]:
+    unknown = [float("nan")] * calibration.geometry.layers
+    key_error, value_error = (calibration.report.get(name, unknown) for name in ("key_error", "value_error"))
+    widths = calibration.tensors.get("key_widths")
+    rows = [
+        f"{layer:5d}  {key_error[layer]:7.4f}  {value_error[layer]:7.4f}  {_histogram(widths[layer]) if widths is not None else 'all at 2'}"
+        for layer in range(calibration.geometry.layers)
+    ]
+    rows.append(f" mean  {sum(key_error) / len(key_error):7.4f}  {sum(value_error) / len(value_error):7.4f}")
+    rows.append("K error: in the query metric, relative to the centred keys. Both are predicted for Gaussian rows.")
+    return rows
+
+
+def _histogram(widths: Tensor) -> str:
+    """'32/0/16/0/16 x2, 16/16/16/0/16': how many heads of uint8 [H, D] have which widths."""
+    counts = Counter("/".join(map(str, Widths.from_per_channel(head.long()).counts)) for head in widths)
+    return ", ".join(text + (f" x{number}" if number > 1 else "") for text, number in counts.most_common())
