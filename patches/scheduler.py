@@ -43,5 +43,16 @@ def get_internal_state(result: Any, self: Any, recv_req: Any) -> Any:
     """AFTER Scheduler.get_internal_state: the report under `kv_quant` in /server_info."""
     if config_of(self.server_args) is None:
         return None
-    result.internal_state["kv_quant"] = current().metrics.report()
+    result.internal_state["kv_quant"] = {**current().metrics.report(), "integrity": _integrity(self.tree_cache)}
     return result
+
+
+def _integrity(tree: Any) -> str:
+    if not isinstance(tree, OscarRadixCache):
+        return "not checked: the radix cache is off"
+    try:
+        tree.check_integrity()
+    except RuntimeError as error:
+        logger.error("kv-quant oscar: integrity check failed: %s", error)
+        return str(error)
+    return "ok"

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     bytes_per_token = report.bf16_bytes_per_token(json.loads((model / "config.json").read_text()))
     budget = args.tokens * bytes_per_token
-    workload = {"answer_tokens": args.answer_tokens, "concurrency": args.concurrency, "progress": say}
+    workload = {"answer_tokens": args.answer_tokens, "temperature": args.temperature, "concurrency": args.concurrency, "progress": say}
     say(f"KV budget of both servers: {args.tokens} bf16 tokens, {budget} bytes")
 
     with _server(model, "bf16", args, [], say) as server:
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="KV budget of both servers, in tokens of bf16 (%(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=48, help="longest answer of a turn (%(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="of the answers; at 0 so small a model repeats itself, which is easy to predict (%(default)s)"
+    )
     parser.add_argument("--concurrency", type=int, default=3, help="requests in flight (%(default)s)")
     parser.add_argument("--continuation", type=int, default=64, help="predictions compared after every prefix hit (%(default)s)")
     parser.add_argument("--port", type=int, help="port of the servers; a free one if left out")

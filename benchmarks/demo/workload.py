@@ -98,6 +98,7 @@ def replay(
     tokenizer,
     *,
     answer_tokens: int,
+    temperature: float,
     concurrency: int,
     progress: Callable[[str], None],
     watch: Callable[[], object] = lambda: None,
@@ -113,7 +114,7 @@ def replay(
 
     def send(agent: int, turn: int) -> Turn:
         conversation = result.conversations[agent]
-        answer = server.generate(conversation.next_prompt(), answer_tokens)
+        answer = server.generate(conversation.next_prompt(), answer_tokens, temperature=temperature)
         conversation.add_answer(answer["output_ids"])
         meta = answer["meta_info"]
         return Turn(agent, turn, meta["prompt_tokens"], meta["cached_tokens"], meta["completion_tokens"])
