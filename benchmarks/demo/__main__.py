@@ -80,9 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="KV budget of both servers, in tokens of bf16 (%(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=48, help="longest answer of a turn (%(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.7, help="of the answers; at 0 so small a model repeats itself, which is easy to predict (%(default)s)"
-    )
+    # At temperature 0 so small a model repeats itself, which makes every next token easy to predict and the quality figure flattering.
+    parser.add_argument("--temperature", type=float, default=0.7, help="temperature of the answers (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=3, help="requests in flight (%(default)s)")
     parser.add_argument("--continuation", type=int, default=64, help="predictions compared after every prefix hit (%(default)s)")
     parser.add_argument("--port", type=int, help="port of the servers; a free one if left out")
