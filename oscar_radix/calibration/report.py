@@ -7,7 +7,6 @@ from torch import Tensor
 
 from oscar_radix.calibration.file import load_calibration
 from oscar_radix.codec import Calibration, get_recipe
-from oscar_radix.codec.packing import Widths
 
 
 def describe(path: Path | str) -> str:
@@ -41,6 +40,6 @@ def _layers(calibration: Calibration) -> list[str]:
 
 
 def _histogram(widths: Tensor) -> str:
-    """'32/0/16/0/16 x2, 16/16/16/0/16': how many heads of uint8 [H, D] have which widths."""
-    counts = Counter("/".join(map(str, Widths.from_per_channel(head.long()).counts)) for head in widths)
+    """'32/0/16/0/16 x2, 16/16/16/0/16': how many heads of uint8 [H, D] have how many channels of 4/3/2/1/0 bits."""
+    counts = Counter("/".join(str(int((head == width).sum())) for width in (4, 3, 2, 1, 0)) for head in widths)
     return ", ".join(text + (f" x{number}" if number > 1 else "") for text, number in counts.most_common())

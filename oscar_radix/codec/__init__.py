@@ -10,7 +10,7 @@ from oscar_radix.codec.oscar import OscarRecipe
 from oscar_radix.codec.tck import TckRecipe
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (OscarRecipe(), MulmRecipe(), TckRecipe("tck", 2.0), TckRecipe("tck2.5", 2.5))
+    recipe.name: recipe for recipe in (OscarRecipe(), MulmRecipe(), TckRecipe())
 }
 DEFAULT_RECIPE = "tck"
 

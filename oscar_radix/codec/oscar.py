@@ -13,7 +13,7 @@ from oscar_radix.codec.calibration import Calibration
 from oscar_radix.codec.int8_rows import dequantise_rows
 from oscar_radix.codec.layout import RecordLayout
 from oscar_radix.codec.moments import Moments
-from oscar_radix.codec.packing import pack_segment, pack_values, unpack_segment_into, unpack_values_into
+from oscar_radix.codec.packing import KeyPacking, pack_values, unpack_values_into
 from oscar_radix.codec.rotation import oscar_rotation
 
 KEY_CLIP = 0.96
@@ -26,16 +26,17 @@ class OscarCodec(Codec):
     def __init__(self, calibration: Calibration, device: torch.device | str, layout: RecordLayout) -> None:
         super().__init__(calibration, device)
         self.layout = layout
+        self._packing = KeyPacking(torch.full((self.geometry.head_dim,), 2, device=self.device))
 
     def seal(self, layer: int, k_rows: Tensor, k_scale: Tensor, v_rows: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k_codes, *k_affine = affine.quantise(dequantise_rows(k_rows, k_scale), KEY_CLIP)
         v_codes, *v_affine = affine.quantise(dequantise_rows(v_rows, v_scale), VALUE_CLIP)
-        return pack_segment(k_codes, 2), pack_values(v_codes), torch.stack((*k_affine, *v_affine), -1)
+        return self._packing.pack(k_codes), pack_values(v_codes), torch.stack((*k_affine, *v_affine), -1)
 
     def open(self, layer: int, k_codes: Tensor, v_codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         k = torch.empty(*k_codes.shape[:-1], self.geometry.head_dim, device=k_codes.device)
         v = torch.empty_like(k)
-        unpack_segment_into(k_codes, 2, k)
+        self._packing.operands_into(k_codes, k)
         unpack_values_into(v_codes, v)
         return affine.dequantise_(k, scales[..., 0], scales[..., 1]), affine.dequantise_(v, scales[..., 2], scales[..., 3])
 

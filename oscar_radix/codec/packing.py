@@ -1,142 +1,91 @@
-"""Codes to bytes and back: one shift and one mask on the packed bytes gives an operand.
+"""Codes to bytes and back: one shift and one mask on the packed bytes gives an operand, whatever the widths.
 
-A K row is a run of segments of width 4, 2 and 1. A segment of width w with n channels takes n*w/8 bytes; its byte x holds,
-at bits w*i, its channel i*(n*w/8) + x. A 3-bit channel is two entries: its low 2 bits in the 2-bit segment, its top bit in
-the 1-bit segment. With every channel at 2 bits and D = 128 this reads: byte x, bits 2i = channel 32i + x.
-A V row is D/8 little-endian 16-bit words: bits 2i of word e = channel (D/8)*i + e.
+A K row of D channels takes D/4 bytes. Byte x holds the four channels i * D/4 + x, i = 0..3, two in each nibble; the two share
+the nibble's 4 bits as 2 + 2, 3 + 1 or 4 + 0. Its *operand* i is (byte >> 2i) & mask[i, x]. Masks for i even: 3, 7 or 15;
+for i odd: 3, 2 or 0. So a 1-bit code reads as 0 or 2, which its static step makes good, and a 0-bit channel reads as 0.
+With every channel at 2 bits and D = 128 this is: byte x, bits 2i = channel 32i + x.
+A V row is D/8 little-endian 16-bit words, 2 bits a channel: bits 2i of word e = channel (D/8) * i + e.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-WIDTHS = (4, 3, 2, 1, 0)
+PLANES = 4
+"""Operands in a byte of K."""
+
+NIBBLE_WIDTHS = ((2, 2), (3, 1), (4, 0))
+"""Widths of the two channels that may share a nibble."""
 
 
-@dataclass(frozen=True)
-class Widths:
-    """How many channels of a K row have 4, 3, 2, 1 and 0 bits, in this order: channels are sorted by falling width."""
+class KeyPacking:
+    """Masks and shifts of K rows, from the widths of their channels.
 
-    n4: int
-    n3: int
-    n2: int
-    n1: int
-    n0: int
+    Args:
+        widths: integer [..., D] in 0..4, D a multiple of 4.
 
-    def __post_init__(self) -> None:
-        for name, count in zip(("n4", "n3", "n2", "n1", "n0"), self.counts, strict=True):
-            if count < 0 or count % 8:
-                raise ValueError(f"{name} is {count}: each count must be a multiple of 8 channels, so that segments end on bytes")
+    Attributes:
+        masks: uint8 [..., 4, D/4], of the operands.
+        lifts: uint8 [..., 4, D/4]: an operand is its code shifted left by this (1 for 1-bit channels, else 0).
 
-    @property
-    def counts(self) -> tuple[int, int, int, int, int]:
-        return (self.n4, self.n3, self.n2, self.n1, self.n0)
+    Raises:
+        ValueError: when the two channels of a nibble do not share its bits as 2 + 2, 3 + 1 or 4 + 0.
+    """
 
-    @property
-    def channels(self) -> int:
-        return sum(self.counts)
+    def __init__(self, widths: Tensor) -> None:
+        if widths.shape[-1] % PLANES:
+            raise ValueError(f"a K row has {widths.shape[-1]} channels; it must be a multiple of {PLANES}")
+        planes = widths.long().unflatten(-1, (PLANES, -1))
+        high, low = planes[..., 0::2, :], planes[..., 1::2, :]
+        allowed = torch.zeros_like(high, dtype=torch.bool)
+        for first, second in NIBBLE_WIDTHS:
+            allowed |= (high == first) & (low == second)
+        if not bool(allowed.all()):
+            pairs = torch.stack((high[~allowed], low[~allowed]), -1).unique(dim=0).tolist()
+            raise ValueError(f"channels that share a nibble must have widths {list(NIBBLE_WIDTHS)}, got {pairs}")
+        self.lifts = torch.zeros_like(planes, dtype=torch.uint8)
+        self.lifts[..., 1::2, :] = (low == 1).to(torch.uint8)
+        self.masks = (((1 << planes) - 1) << self.lifts.long()).to(torch.uint8)
 
-    @property
-    def bits(self) -> int:
-        return sum(w * n for w, n in zip(WIDTHS, self.counts, strict=True))
+    def pack(self, codes: Tensor) -> Tensor:
+        """uint8 codes [..., D], each below 2**width, to uint8 [..., D/4]; leading axes broadcast against the widths'."""
+        operands = codes.unflatten(-1, (PLANES, -1)) << self.lifts
+        packed = operands[..., 0, :].clone()
+        for i in range(1, PLANES):
+            packed |= operands[..., i, :] << (2 * i)
+        return packed
 
-    @property
-    def row_bytes(self) -> int:
-        return self.bits // 8
+    def operands_into(self, packed: Tensor, out: Tensor) -> None:
+        """Write the operands of K rows uint8 [..., D/4] to `out` [..., D], of any dtype."""
+        planes = out.unflatten(-1, (PLANES, -1))
+        for i in range(PLANES):
+            planes[..., i, :] = (packed >> (2 * i) if i else packed) & self.masks[..., i, :]
 
-    def per_channel(self) -> Tensor:
-        """int64 [D]: the width of every channel."""
-        return torch.repeat_interleave(torch.tensor(WIDTHS), torch.tensor(self.counts))
-
-    @classmethod
-    def from_per_channel(cls, widths: Tensor) -> "Widths":
-        """The counts of a falling sequence of widths, int [D]."""
-        result = cls(*(int((widths == w).sum()) for w in WIDTHS))
-        if result.channels != widths.numel() or not torch.equal(result.per_channel(), widths.cpu().long()):
-            raise ValueError(f"widths must fall from {WIDTHS[0]} to 0, got {widths.tolist()}")
-        return result
-
-
-def pack_segment(codes: Tensor, width: int) -> Tensor:
-    """uint8 codes [..., n], each below 2**width, to uint8 [..., n*width/8]."""
-    planes = 8 // width
-    size = codes.shape[-1] // planes
-    packed = codes[..., :size].clone()
-    for i in range(1, planes):
-        packed |= codes[..., i * size:(i + 1) * size] << (width * i)
-    return packed
-
-
-def unpack_segment(packed: Tensor, width: int) -> Tensor:
-    """Inverse of `pack_segment`: uint8 [..., b] to uint8 [..., b*8/width]."""
-    out = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * 8 // width)
-    unpack_segment_into(packed, width, out)
-    return out
-
-
-def unpack_segment_into(packed: Tensor, width: int, out: Tensor) -> None:
-    """Write the codes of a segment to `out` [..., n], of any dtype."""
-    size, mask = packed.shape[-1], (1 << width) - 1
-    planes = 8 // width
-    for i in range(planes):
-        shifted = packed >> (width * i) if i else packed
-        out[..., i * size:(i + 1) * size] = shifted if i == planes - 1 else shifted & mask
-
-
-def pack_keys(codes: Tensor, widths: Widths) -> Tensor:
-    """uint8 codes [..., D] to uint8 [..., widths.row_bytes]. Codes of 0-bit channels are not read."""
-    n4, n3, n2, n1, _ = widths.counts
-    end3, end2, end1 = n4 + n3, n4 + n3 + n2, n4 + n3 + n2 + n1
-    threes = codes[..., n4:end3]
-    parts = [
-        pack_segment(codes[..., :n4], 4),
-        pack_segment(torch.cat((threes & 3, codes[..., end3:end2]), -1), 2),
-        pack_segment(torch.cat((threes >> 2, codes[..., end2:end1]), -1), 1),
-    ]
-    return torch.cat(parts, -1)
-
-
-def unpack_keys_into(packed: Tensor, widths: Widths, out: Tensor) -> None:
-    """Write the codes of K rows to `out` [..., D], of any dtype; 0-bit channels get 0."""
-    n4, n3, n2, n1, _ = widths.counts
-    end3, end2, end1 = n4 + n3, n4 + n3 + n2, n4 + n3 + n2 + n1
-    byte2, byte1 = n4 // 2, n4 // 2 + (n3 + n2) // 4
-    if n4:
-        unpack_segment_into(packed[..., :byte2], 4, out[..., :n4])
-    if n3 + n2:
-        unpack_segment_into(packed[..., byte2:byte1], 2, out[..., n4:end2])
-    if n3 + n1:
-        ones = unpack_segment(packed[..., byte1:], 1)
-        out[..., end2:end1] = ones[..., n3:]
-        if n3:
-            out[..., n4:end3] += ones[..., :n3] << 2
-    out[..., end1:] = 0
-
-
-def unpack_keys(packed: Tensor, widths: Widths) -> Tensor:
-    """Inverse of `pack_keys`: uint8 [..., row_bytes] to uint8 [..., D]."""
-    out = packed.new_empty(*packed.shape[:-1], widths.channels)
-    unpack_keys_into(packed, widths, out)
-    return out
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Inverse of `pack`: uint8 [..., D/4] to uint8 codes [..., D]."""
+        operands = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * PLANES)
+        self.operands_into(packed, operands)
+        return (operands.unflatten(-1, (PLANES, -1)) >> self.lifts).flatten(-2)
 
 
 def pack_values(codes: Tensor) -> Tensor:
     """uint8 codes below 4, [..., D], to uint8 [..., D/4]: bytes 2e and 2e+1 are the low and high byte of word e."""
-    words = codes.shape[-1] // 8
-    low, high = (pack_segment(half, 2) for half in (codes[..., :4 * words], codes[..., 4 * words:]))
-    return torch.stack((low, high), -1).flatten(-2)
+    planes = codes.unflatten(-1, (2, PLANES, -1))
+    packed = planes[..., 0, :].clone()
+    for i in range(1, PLANES):
+        packed |= planes[..., i, :] << (2 * i)
+    return packed.transpose(-1, -2).flatten(-2)
 
 
 def unpack_values_into(packed: Tensor, out: Tensor) -> None:
-    """Write the codes of V rows to `out` [..., D], of any dtype."""
-    half = out.shape[-1] // 2
-    unpack_segment_into(packed[..., 0::2], 2, out[..., :half])
-    unpack_segment_into(packed[..., 1::2], 2, out[..., half:])
+    """Write the codes of V rows uint8 [..., D/4] to `out` [..., D], of any dtype."""
+    halves = packed.unflatten(-1, (-1, 2)).transpose(-1, -2)
+    planes = out.unflatten(-1, (2, PLANES, -1))
+    for i in range(PLANES):
+        planes[..., i, :] = (halves >> (2 * i) if i else halves) & 3
 
 
 def unpack_values(packed: Tensor) -> Tensor:
     """Inverse of `pack_values`: uint8 [..., D/4] to uint8 [..., D]."""
-    out = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * 4)
+    out = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * PLANES)
     unpack_values_into(packed, out)
     return out

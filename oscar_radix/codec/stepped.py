@@ -7,15 +7,16 @@ from oscar_radix.codec import uniform
 from oscar_radix.codec.base import Codec
 from oscar_radix.codec.calibration import Calibration, CalibrationError
 from oscar_radix.codec.layout import RecordLayout
-from oscar_radix.codec.packing import Widths, pack_keys, pack_values, unpack_keys_into, unpack_values_into
+from oscar_radix.codec.packing import KeyPacking, pack_values, unpack_values_into
 
 
 class SteppedCodec(Codec):
-    """K: widths and steps per (layer, KV head, channel); level = (code - (2**w - 1)/2) * key_step * scale. V: 2 bits everywhere.
+    """K: widths and steps per (layer, KV head, channel); level = (operand - key_zero) * key_step * scale. V: 2 bits everywhere.
 
     The K scale is the row's root mean square over its coded channels, each divided by its calibrated deviation; the V scale is
     the row's step itself. Scales of a record: K, V.
-    key_step, key_top: float32 [L, H, D]; widths[layer][head]: `Widths`. A kernel folds key_step into the query.
+    key_step, key_zero: float32 [L, H, D], of operands; key_masks: uint8 [L, H, 4, D/4] (`packing`). A kernel folds key_step into
+    the query.
     """
 
     def __init__(self, calibration: Calibration, device: torch.device | str, layout: RecordLayout) -> None:
@@ -25,15 +26,16 @@ class SteppedCodec(Codec):
         if missing:
             raise CalibrationError(f"the calibration of recipe '{calibration.recipe}' lacks the tensors {sorted(missing)}")
         widths, sigma = calibration.tensors["key_widths"].long().cpu(), calibration.tensors["key_sigma"].double().cpu()
-        self.widths = [[Widths.from_per_channel(head) for head in layer] for layer in widths]
-        wrong = {w.row_bytes for layer in self.widths for w in layer} - {layout.k_code_bytes}
-        if wrong:
-            raise CalibrationError(f"K rows of {sorted(wrong)} bytes do not fit recipe '{calibration.recipe}': {layout.k_code_bytes} bytes")
+        packing = KeyPacking(widths)
+        self._packing = [KeyPacking(layer.unsqueeze(1).to(self.device)) for layer in widths]
+        self.key_masks = self._keep("key_masks", packing.masks)
         gaussian = torch.tensor([uniform.GAUSSIAN_STEP[w] for w in range(5)], dtype=torch.float64)[widths]
-        step = (gaussian * sigma).float()
-        self.key_step = self._keep("key_step", step)
-        self.key_top = self._keep("key_top", (2.0**widths - 1).float())
-        self._inverse_step = self._keep("key_inverse_step", 1.0 / step)
+        top = 2.0**widths - 1
+        lift = 2.0 ** packing.lifts.flatten(-2).double()
+        self.key_top = self._keep("key_top", top.float())
+        self._inverse_step = self._keep("key_inverse_step", 1.0 / (gaussian * sigma).float())
+        self.key_step = self._keep("key_step", (gaussian * sigma / lift).float())
+        self.key_zero = self._keep("key_zero", (top / 2 * lift).float())
         coded = widths > 0
         weights = uniform.energy_weights(sigma.square(), coded)
         self._energy_weights = self._keep("energy_weights", weights)
@@ -51,14 +53,12 @@ class SteppedCodec(Codec):
         k_codes = uniform.encode(k_rows, k_scale, k_row, self._inverse_step[layer].unsqueeze(1), self.key_top[layer].unsqueeze(1))
         v_row = uniform.row_scale(v_rows, v_scale, self._value_weights, self._value_unit)
         v_codes = uniform.encode(v_rows, v_scale, v_row, self._value_step, self._value_top)
-        packed = torch.stack([pack_keys(k_codes[:, h], w) for h, w in enumerate(self.widths[layer])], 1)
-        return packed, pack_values(v_codes), torch.stack((k_row, v_row), -1)
+        return self._packing[layer].pack(k_codes), pack_values(v_codes), torch.stack((k_row, v_row), -1)
 
     def open(self, layer: int, k_codes: Tensor, v_codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         k = torch.empty(*k_codes.shape[:-1], self.geometry.head_dim, device=k_codes.device)
         v = torch.empty_like(k)
-        for h, widths in enumerate(self.widths[layer]):
-            unpack_keys_into(k_codes[:, h], widths, k[:, h])
+        self._packing[layer].operands_into(k_codes, k)
         unpack_values_into(v_codes, v)
-        uniform.decode_(k, scales[..., 0], self.key_step[layer].unsqueeze(1), self.key_top[layer].unsqueeze(1))
-        return k, uniform.decode_(v, scales[..., 1], self._value_step, self._value_top)
+        uniform.decode_(k, scales[..., 0], self.key_step[layer].unsqueeze(1), self.key_zero[layer].unsqueeze(1))
+        return k, uniform.decode_(v, scales[..., 1], self._value_step, self._value_top / 2)

@@ -6,7 +6,7 @@ errors of real uniform quantisers.
 
 import torch
 
-from oscar_radix.codec.allocation import best_widths
+from oscar_radix.codec.allocation import best_counts, place
 from oscar_radix.codec.base import Recipe
 from oscar_radix.codec.calibration import Calibration
 from oscar_radix.codec.layout import RecordLayout
@@ -21,29 +21,26 @@ VARIANCE_FLOOR = 1e-8
 
 
 class TckRecipe(Recipe):
-    def __init__(self, name: str, key_bits: float) -> None:
-        self.name = name
-        self.key_bits = key_bits
-
-    def _row_bits(self, head_dim: int) -> int:
-        return round(self.key_bits * head_dim)
+    name = "tck"
 
     def layout(self, head_dim: int) -> RecordLayout:
-        return RecordLayout(k_code_bytes=self._row_bits(head_dim) // 8, v_code_bytes=head_dim // 4, scale_count=2)
+        return RecordLayout(k_code_bytes=head_dim // 4, v_code_bytes=head_dim // 4, scale_count=2)
 
     def fit(self, moments: Moments) -> Calibration:
         basis, inverse_transpose, variances = joint_basis(moments.query_second, moments.key_covariance, QUERY_RIDGE)
         variances = torch.maximum(variances, variances[..., :1] * VARIANCE_FLOOR).clamp(min=torch.finfo(torch.float32).tiny)
-        bits = self._row_bits(moments.geometry.head_dim)
-        widths = torch.stack([torch.stack([best_widths(head, bits).per_channel() for head in layer]) for layer in variances])
+        dim = moments.geometry.head_dim
+        placed = [place(fours, threes, dim) for fours, threes in best_counts(variances).flatten(0, 1).tolist()]
+        order, widths = (torch.stack(parts).view(*variances.shape) for parts in zip(*placed, strict=True))
+        columns = order.unsqueeze(-2).expand_as(basis)
         tensors = {
-            "key_basis": basis.float(),
-            "query_basis": inverse_transpose.float(),
+            "key_basis": basis.gather(-1, columns).float(),
+            "query_basis": inverse_transpose.gather(-1, columns).float(),
             "key_mean": moments.key_mean.float(),
             "value_mean": moments.value_mean.float(),
             "value_rotation": oscar_rotation(moments.value_weighted_covariance).float(),
             "key_widths": widths.to(torch.uint8),
-            "key_sigma": variances.sqrt().float(),
+            "key_sigma": variances.gather(-1, order).sqrt().float(),
         }
         return Calibration(self.name, moments.geometry, tensors, moments.tokens)
 

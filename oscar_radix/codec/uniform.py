@@ -40,6 +40,6 @@ def encode(codes: Tensor, scale: Tensor, row: Tensor, inverse_step: Tensor, top:
     return torch.minimum(t.floor_().clamp_(min=0), top).to(torch.uint8)
 
 
-def decode_(codes: Tensor, row: Tensor, step: Tensor, top: Tensor) -> Tensor:
-    """Turn float32 codes [..., D] into (code - top/2) * step * row, in place."""
-    return codes.sub_(top / 2).mul_(step).mul_(row.float().unsqueeze(-1))
+def decode_(operands: Tensor, row: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """Turn float32 operands [..., D] into (operand - zero) * step * row, in place."""
+    return operands.sub_(zero).mul_(step).mul_(row.float().unsqueeze(-1))

@@ -19,7 +19,7 @@ def quantise(codes, scale, sigma, widths):
     step = (torch.tensor([GAUSSIAN_STEP[int(w)] for w in widths]) * sigma).float()
     top = (2.0**widths - 1).float()
     coded = encode(codes, scale, row, 1 / step, top)
-    return row.item(), coded.tolist(), decode_(coded.float(), row, step, top)
+    return row.item(), coded.tolist(), decode_(coded.float(), row, step, top / 2)
 
 
 def test_four_levels_by_hand():
