@@ -96,6 +96,7 @@ class KVStore:
                 self.hot.release(original)
             self.hot.move(duplicate, original)
             self.table.window[original] = self.table.window[duplicate]
+            self.table.prefilling[original] |= self.table.prefilling[duplicate]
             self.table.last_use[original] = self.table.last_use[duplicate]
         return int(wanted.sum())
 
