@@ -46,9 +46,12 @@ def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: in
 
 
 def resolve_max_num_reqs(original: Callable[..., Any], self: Any, token_capacity: int) -> int:
-    """AROUND: never more running requests than the hot pool has fresh pages for."""
+    """AROUND: never more running requests than the hot pool has fresh pages for.
+
+    One page stays over: a prompt whose last chunk ended within a page holds two while its next chunk crosses the end of it.
+    """
     requests = original(self, token_capacity)
-    return requests if config_of(self.server_args) is None else min(requests, current().sizes.hot_pages)
+    return requests if config_of(self.server_args) is None else min(requests, max(1, current().sizes.hot_pages - 1))
 
 
 def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
