@@ -1,5 +1,7 @@
 """Small models of a KV cache for the core's tests."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
@@ -23,8 +25,9 @@ def random_qkv(geometry: Geometry, tokens: int, generator: torch.Generator) -> t
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
 
+@lru_cache
 def make_codec(recipe: str = "tck", geometry: Geometry = GEOMETRY, device: str = "cpu"):
-    """A codec calibrated on random rows."""
+    """A codec calibrated on random rows; made once, since it does not change."""
     generator = torch.Generator().manual_seed(7)
     moments = MomentAccumulator(geometry)
     for layer in range(geometry.layers):
@@ -55,3 +58,8 @@ def take_pages(store: KVStore, count: int) -> np.ndarray:
     pages = free[free > 0][:count]
     store.allocate(pages)
     return pages
+
+
+def record_of(store: KVStore, layer: int, page: int) -> list[torch.Tensor]:
+    """k_codes, v_codes and scales of one page, each [Hkv, 32, ...]."""
+    return [part[0] for part in store.base.read(layer, torch.tensor([page]))]

@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from oscar_radix.attention.plan import ForwardPlan, plan_forward
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.pool.hot_pool import PAGE_BLOCKS
 from oscar_radix.pool.store import KVStore
 from oscar_radix.sequence import Sequence
 
@@ -79,8 +80,8 @@ class MiniServer:
     # Steps of the scheduler ------------------------------------------------------------------------------------------
 
     def can_start(self) -> bool:
-        """SGLang admits as many requests as the hot pool has whole pages (`resolve_max_num_reqs`), and as the table has rows."""
-        return len(self.running) < min(self.rows.size, self.store.hot.capacity // 16)
+        """A request has a partial page, and while one is prefilled past its end, a second one: the hot pool must have room for both."""
+        return len(self.running) < min(self.rows.size, self.store.hot.capacity // PAGE_BLOCKS // 2)
 
     def start(self, prompt: list[int], extra_key: str | None = None) -> Request:
         """Admit a request: match its prompt (but for the last token) and lock what it found."""
@@ -151,7 +152,8 @@ class MiniServer:
         """Pages of the tokens that are written, in order."""
         if request.req_pool_idx is None:
             return (request.prefix_indices[::PAGE_TOKENS] // PAGE_TOKENS).numpy()
-        return (self.rows.req_to_token[request.req_pool_idx, : request.kv_committed_len : PAGE_TOKENS] // PAGE_TOKENS).numpy().astype(np.int64)
+        slots = self.rows.req_to_token[request.req_pool_idx, : request.kv_committed_len : PAGE_TOKENS]
+        return (slots // PAGE_TOKENS).numpy().astype(np.int64)
 
     def stock_match(self, tokens: list[int], extra_key: str | None = None) -> np.ndarray:
         """Pages that SGLang's own tree would return, whether their end is hot or not."""
