@@ -90,7 +90,7 @@ def check_int8_rows(store, conversations: list[Conversation]) -> None:
                 assert torch.equal(rows.k_scale[0], k_scale.transpose(0, 1))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data(), recipe=st.sampled_from(list(RECIPES)), policy=st.sampled_from(list(POLICIES)))
 def test_any_schedule_writes_the_same_records(data, recipe, policy):
     """1 to 3 conversations, prefilled in random chunks and batches, then decoded in random batches, on any hot pool."""
