@@ -62,3 +62,23 @@ class SteppedCodec(Codec):
         unpack_values_into(v_codes, v)
         uniform.decode_(k, scales[..., 0], self.key_step[layer].unsqueeze(1), self.key_zero[layer].unsqueeze(1))
         return k, uniform.decode_(v, scales[..., 1], self._value_step, self._value_top / 2)
+
+    # What kernels take, of one layer. Contiguous tensors of the shapes that `oscar_radix.kernels` documents.
+
+    def basis_parameters(self, layer: int) -> tuple[Tensor, ...]:
+        """key_mean [H, D], key_basis, query_basis [H, D, D], value_mean [H, D], value_rotation [H, D, D], float32."""
+        names = (self.key_mean, self.key_basis, self.query_basis, self.value_mean, self.value_rotation)
+        return tuple(tensor[layer] for tensor in names)
+
+    def key_parameters(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """key_step, key_zero float32 [H, D]; key_masks uint8 [H, 4, D/4]."""
+        return self.key_step[layer], self.key_zero[layer], self.key_masks[layer]
+
+    def value_parameters(self, layer: int) -> tuple[Tensor, Tensor]:
+        """value_rotation float32 [H, D, D], value_mean float32 [H, D]."""
+        return self.value_rotation[layer], self.value_mean[layer]
+
+    def seal_parameters(self, layer: int) -> tuple[Tensor, ...]:
+        """energy_weights float64 [H, D], energy_unit float64 [H], inverse_step, top float32 [H, D], masks, value_unit float64 []."""
+        names = (self._energy_weights, self._energy_unit, self._inverse_step, self.key_top, self.key_masks)
+        return (*(tensor[layer] for tensor in names), self._value_unit)

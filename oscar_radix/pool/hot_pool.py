@@ -53,6 +53,10 @@ class HotPool:
         self.row_numbers = torch.zeros(*shape, dtype=torch.uint8, device=device)
         self.block_table = np.full((pages, PAGE_BLOCKS), -1, dtype=np.int32)
         self.levels = np.zeros(pages, dtype=np.uint8)
+        # On a CPU the kernels' tables are the host's; elsewhere they are copies, brought up to date by `sync_tables`.
+        self.device_block_table = torch.from_numpy(self.block_table).to(device)
+        self.device_levels = torch.from_numpy(self.levels).to(device)
+        self._changed: set[int] = set()
         self._free = list(range(blocks - 1, -1, -1))
 
     # Ownership -------------------------------------------------------------------------------------------------------
@@ -71,6 +75,7 @@ class HotPool:
         blocks = [self._free.pop() for _ in range(PAGE_BLOCKS)]
         self.block_table[page] = blocks
         self.levels[page] = PAGE_TOKENS
+        self._changed.add(page)
         numbers = torch.arange(PAGE_TOKENS, dtype=torch.uint8, device=self.device).view(1, PAGE_BLOCKS, 1, BLOCK_ROWS)
         self.row_numbers[:, torch.tensor(blocks, device=self.device)] = numbers
         return True
@@ -81,6 +86,7 @@ class HotPool:
         self._free.extend(self.block_table[page, :held].tolist())
         self.block_table[page] = -1
         self.levels[page] = 0
+        self._changed.add(page)
 
     def shrink(self, page: int, rows: torch.Tensor) -> None:
         """Keep only some rows of a whole page, and free the other blocks.
@@ -104,6 +110,7 @@ class HotPool:
         self._free.extend(self.block_table[page, kept // BLOCK_ROWS :].tolist())
         self.block_table[page, kept // BLOCK_ROWS :] = -1
         self.levels[page] = kept
+        self._changed.add(page)
 
     def move(self, source: int, target: int) -> None:
         """Hand the blocks of page `source` to page `target`, which holds none; `source` is left at level 0."""
@@ -113,12 +120,27 @@ class HotPool:
         self.levels[target] = self.levels[source]
         self.block_table[source] = -1
         self.levels[source] = 0
+        self._changed.update((source, target))
 
     def clear(self) -> None:
         """All blocks back to the free list."""
         self.block_table.fill(-1)
         self.levels.fill(0)
         self._free = list(range(self.capacity - 1, -1, -1))
+        self.device_block_table.fill_(-1)
+        self.device_levels.fill_(0)
+        self._changed.clear()
+
+    def sync_tables(self) -> None:
+        """Copy the rows of changed pages to the device's tables, in order with the kernels of the current stream."""
+        if not self._changed:
+            return
+        if self.device.type != "cpu":
+            pages = np.fromiter(self._changed, dtype=np.int64)
+            index = torch.from_numpy(pages).to(self.device)
+            self.device_block_table[index] = torch.from_numpy(self.block_table[pages]).to(self.device)
+            self.device_levels[index] = torch.from_numpy(self.levels[pages]).to(self.device)
+        self._changed.clear()
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -179,8 +201,8 @@ class HotPool:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the block table and the level table."""
-        return self.block_table.nbytes + self.levels.nbytes
+        """Bytes of the block table and the level table: the device's, which on a CPU are the host's."""
+        return self.device_block_table.nbytes + self.device_levels.nbytes
 
     def check_integrity(self) -> None:
         """Every block is owned exactly once, and every page's block count is what its level says."""

@@ -53,6 +53,7 @@ class Residency:
         # Only now: a page whose record is not written yet must not be anybody's victim.
         for sequence in sequences:
             self.table.sealed[sequence.completed] = True
+        self.hot.sync_tables()
 
     def _mark(self, sequences: list[Sequence]) -> None:
         table = self.table

@@ -1,0 +1,143 @@
+"""Attention over a mixed-precision store with Triton kernels; the plain-torch backend is its specification."""
+
+from dataclasses import dataclass
+
+import torch
+
+from oscar_radix.attention.plan import WritePlan
+from oscar_radix.codec.stepped import SteppedCodec
+from oscar_radix.kernels.decode import decode
+from oscar_radix.kernels.extend import BLOCK_TOKENS, extend
+from oscar_radix.kernels.seal import seal
+from oscar_radix.kernels.write import write_decode, write_rows
+from oscar_radix.pool.store import KVStore
+
+PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Split-KV programs of a decode step that one multiprocessor is given."""
+
+LARGEST_SPLIT = 64
+"""Upper limit of the splits of one sequence, so that the combine reads them in one tile."""
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Addresses of a decode step's inputs; a CUDA graph replays with new contents behind them.
+
+    req_to_token int32 [R, C]; rows, lengths, slots int64 [B]: row of req_to_token, tokens with the new one, the new one's slot.
+    """
+
+    req_to_token: torch.Tensor
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ExtendBatch:
+    """A prefill batch: `write` of its ForwardPlan, slots int64 [T], and what `extend` takes as sequences and blocks."""
+
+    write: WritePlan
+    slots: torch.Tensor
+    sequences: tuple[torch.Tensor, ...]
+    blocks: tuple[torch.Tensor, torch.Tensor]
+
+
+def query_blocks(lengths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request and first position of each block of queries: int32 [N] each."""
+    pairs = [(request, first) for request, length in enumerate(lengths) for first in range(0, length, BLOCK_TOKENS)]
+    request, first = torch.tensor(pairs, dtype=torch.int32).T.contiguous().to(device)
+    return request, first
+
+
+class TritonAttention:
+    """`decode` and `extend` of one layer. Decode makes no host decision, so that CUDA graphs capture it."""
+
+    def __init__(self, store: KVStore, max_requests: int):
+        self.store = store
+        device = store.device
+        geometry = store.geometry
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        rows = max(max_requests * self.splits(max_requests), *(b * self.splits(b) for b in range(1, max_requests + 1)))
+        self._partial = torch.empty(rows * geometry.query_heads * geometry.head_dim, dtype=torch.float32, device=device)
+        self._lse = torch.empty(rows * geometry.query_heads, dtype=torch.float32, device=device)
+        self.bad_rows = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def splits(self, batch: int) -> int:
+        """Splits of each sequence that fill the GPU once."""
+        return max(1, min(LARGEST_SPLIT, self._programs // (batch * self.store.geometry.kv_heads)))
+
+    def decode(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: DecodeBatch, softmax_scale: float
+    ) -> torch.Tensor:
+        """One token a request: q [B, Hq, D], k and v [B, Hkv, D]; returns [B, Hq, D] in q's dtype."""
+        codec, hot = self._codec(), self.store.hot
+        count, query_heads, dim = q.shape
+        query = torch.empty(count, query_heads, dim, dtype=torch.float32, device=q.device)
+        hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
+        write_decode(q, k, v, batch.slots, codec.basis_parameters(layer), hot_rows, hot.device_block_table, query, self.bad_rows)
+        seal(batch.slots, hot_rows, self._records(layer), codec.seal_parameters(layer), hot.device_block_table, newest_slots=True)
+        splits = self.splits(count)
+        workspace = (
+            self._partial[: count * query_heads * splits * dim].view(count, query_heads, splits, dim),
+            self._lse[: count * query_heads * splits].view(count, query_heads, splits),
+        )
+        out = torch.empty_like(query, dtype=q.dtype)
+        decode(
+            query,
+            self._layer_cache(layer),
+            (hot.device_block_table, hot.device_levels),
+            codec.key_parameters(layer),
+            codec.value_parameters(layer),
+            (batch.req_to_token, batch.rows, batch.lengths),
+            workspace,
+            out,
+            softmax_scale,
+        )
+        return out
+
+    def extend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ExtendBatch, softmax_scale: float
+    ) -> torch.Tensor:
+        """New tokens of a prefill batch: q [T, Hq, D], k and v [T, Hkv, D]; returns [T, Hq, D] in q's dtype."""
+        codec, hot, plan = self._codec(), self.store.hot, batch.write
+        key, value = codec.keys_to_basis(layer, k).contiguous(), codec.values_to_basis(layer, v).contiguous()
+        rows = (
+            torch.empty_like(key, dtype=torch.int8),
+            torch.empty_like(value, dtype=torch.int8),
+            torch.empty(*key.shape[:2], 2, dtype=torch.float16, device=key.device),
+        )
+        hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
+        write_rows(key, value, batch.slots, hot_rows, hot.device_block_table, rows, self.bad_rows)
+        parameters = codec.seal_parameters(layer)
+        seal(plan.seal_pages, hot_rows, self._records(layer), parameters, hot.device_block_table)
+        seal(plan.direct_pages, rows, self._records(layer), parameters, starts=plan.direct_tokens[:, 0].contiguous())
+        query = codec.queries_to_basis(layer, q).contiguous()
+        out = torch.empty_like(query)
+        extend(
+            query,
+            key,
+            value,
+            self._layer_cache(layer),
+            (hot.device_block_table, hot.device_levels),
+            codec.key_parameters(layer),
+            batch.sequences,
+            batch.blocks,
+            out,
+            softmax_scale,
+        )
+        return codec.output_from_basis(layer, out).to(q.dtype)
+
+    def _codec(self) -> SteppedCodec:
+        codec = self.store.codec
+        if not isinstance(codec, SteppedCodec):
+            raise NotImplementedError(f"recipe '{codec.recipe_name}' has no Triton kernels; use 'tck' or 'mulm'")
+        return codec
+
+    def _records(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        base = self.store.base
+        return base.k_codes[layer], base.v_codes[layer], base.scales[layer]
+
+    def _layer_cache(self, layer: int) -> tuple[torch.Tensor, ...]:
+        hot = self.store.hot
+        return (*self._records(layer), hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer], hot.row_numbers[layer])
