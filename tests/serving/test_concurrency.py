@@ -1,0 +1,38 @@
+"""Concurrent requests under eviction and retraction."""
+
+import numpy as np
+
+from tests.serving.client import cached, log_text, piece, settled, together
+from tests.serving.workload import ANSWER, FIRST, converse
+
+MEAN_TOLERANCE, WORST_TOLERANCE = 0.1, 1.5
+
+
+def test_cache_on_answers_like_cache_off(cache_off, ours, logs):
+    """Log-probabilities of decoded answers agree; what remains is bounded by MEAN_TOLERANCE and WORST_TOLERANCE."""
+    cache_on = converse(ours, logs)
+    assert all(turn.cached_tokens == 0 for turns in cache_off for turn in turns)
+    hits = [turns[1].cached_tokens for turns in cache_on]
+    assert max(hits) == FIRST  # the answer's 31 computed tokens are not a page
+    assert min(hits) < FIRST - 256, f"no conversation lost pages to eviction: {hits}"
+    for number in range(2):
+        apart = np.abs(np.stack([on[number].log_p - off[number].log_p for on, off in zip(cache_on, cache_off, strict=True)]))
+        assert apart.shape[1] == ANSWER
+        print(f"turn {number + 1}: |difference| of log-probabilities mean {apart.mean():.4f}, worst {apart.max():.3f}; cached {hits}")
+        assert apart.mean() < MEAN_TOLERANCE
+        assert apart.max() < WORST_TOLERANCE
+    settled(ours)
+
+
+def test_retracted_requests_finish(ours):
+    capacity = ours.server_info()["max_total_num_tokens"]
+    count = 9
+    # All prompts fit; their answers do not.
+    prompt_tokens = capacity // count - 50
+    before = log_text(ours).count("Retract requests")
+    prompts = [piece(prompt_tokens, seed=300 + number) for number in range(count)]
+    answers = together([lambda prompt=prompt: ours.generate(prompt, 80, ignore_eos=True) for prompt in prompts])
+    assert log_text(ours).count("Retract requests") > before
+    assert all(answer["meta_info"]["completion_tokens"] == 80 for answer in answers)
+    assert all(cached(answer) < prompt_tokens for answer in answers)
+    settled(ours)

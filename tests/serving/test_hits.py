@@ -1,0 +1,49 @@
+"""How much of a prompt comes out of the cache."""
+
+from tests.serving.client import WINDOW, cached, pages, piece, settled
+
+
+def test_next_turn_hits_prompt_and_answer_of_the_turn_before(ours):
+    talk = piece(200, seed=10)
+    for turn in range(4):
+        answer = ours.generate(talk, 45, ignore_eos=True)
+        before = len(talk)
+        talk = talk + answer["output_ids"]
+        # The last token of an answer is returned but never computed, so the cache ends one token before it.
+        known = pages(len(talk) - 1)
+        talk = talk + piece(30, seed=20 + turn)
+        again = ours.generate(talk, 1)
+        assert cached(again) == known
+        assert known > before
+    settled(ours)
+
+
+def test_long_prompt_hits_all_but_its_last_page(ours):
+    for length in (1000, 992, 961):  # chunks of 256 and a rest; whole pages; one token into a page
+        ours.flush_cache()
+        prompt = piece(length, seed=30)
+        assert cached(ours.generate(prompt, 1)) == 0
+        assert cached(ours.generate(prompt, 1)) == pages(length - 1)
+    settled(ours)
+
+
+def test_hit_does_not_depend_on_how_the_prompt_was_cut(ours):
+    prompt = piece(1000, seed=31)
+    for cuts in ((), (100,), (311, 640, 641)):
+        ours.flush_cache()
+        for cut in (*cuts, len(prompt)):
+            ours.generate(prompt[:cut], 1)
+        assert cached(ours.generate(prompt, 1)) == pages(len(prompt) - 1), cuts
+
+
+def test_starved_hot_pool_costs_the_recent_window_at_most(ours):
+    talk = piece(400, seed=40)
+    talk = talk + ours.generate(talk, 60, ignore_eos=True)["output_ids"]
+    known = pages(len(talk) - 1)
+    for agent in range(9):  # their last windows alone ask for more than the hot pool has
+        ours.generate(piece(WINDOW + 40, seed=200 + agent), 1)
+    answer = ours.generate(talk + piece(50, seed=41), 1)
+    assert cached(answer) == known - WINDOW
+    # The recomputed rows are hot again, and the tree's pages have adopted them.
+    assert cached(ours.generate(talk + piece(50, seed=41), 1)) == pages(len(talk) + 49)
+    settled(ours)

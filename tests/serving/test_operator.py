@@ -1,0 +1,52 @@
+"""What an operator sees in the log and in /server_info."""
+
+import re
+
+import pytest
+
+from oscar_radix.codec import RECIPES
+from tests.serving.client import BUDGET_TOKENS, log_text, piece, settled
+
+BF16_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 2
+"""30 layers, K and V, 3 KV heads, head dim 64, 2 bytes."""
+
+
+def test_startup_lines(ours):
+    log = log_text(ours)
+    assert re.search(r"kv-quant oscar: recipe \w+, policy none, recent window 256 tokens, calibration (cached|made|from)", log)
+    line = re.search(
+        r"kv-quant oscar: (\d+) tokens of KV in ([\d.]+) MiB, ([\d.]+) times the (\d+) of bf16; ([\d.]+) effective bits per element", log
+    )
+    tokens, mib, ratio, bf16, bits = (float(value) for value in line.groups())
+    assert tokens == ours.server_info()["max_total_num_tokens"]
+    assert tokens / bf16 == pytest.approx(ratio, rel=0.01)
+    assert bf16 * BF16_BYTES_PER_TOKEN / 2**20 == pytest.approx(mib, rel=0.01)
+    assert ratio * bits <= 16
+
+
+def test_report_in_server_info(ours):
+    ours.generate(piece(600, seed=50), 8)
+    report = settled(ours)
+    assert report["recipe"] in RECIPES
+    assert report["policy"] == "none"
+    assert report["page_tokens"] == 32
+    held = sum(report["allocated_bytes"].values())
+    assert 0.95 * report["kv_budget_bytes"] < held <= report["kv_budget_bytes"] <= BUDGET_TOKENS * BF16_BYTES_PER_TOKEN
+    assert report["bytes_per_token"] == pytest.approx(held / report["max_total_num_tokens"])
+    assert report["effective_bits"] == pytest.approx(16 * report["bytes_per_token"] / BF16_BYTES_PER_TOKEN, rel=0.02)
+    tokens = {level: entry["tokens"] for level, entry in report["levels"].items()}
+    # 18 whole pages in the tree: the last 8 stay hot as a continuation point, the two sinks only while somebody runs.
+    assert sum(tokens.values()) == 576
+    assert tokens["fresh"] == 0
+    assert 256 <= tokens["32"] < 576
+    hot = report["hot_blocks"]
+    assert hot["capacity"] - hot["free"] == tokens["32"] // 2
+    assert report["rows_with_nan_or_inf"] == 0
+
+
+def test_periodic_line(ours):
+    forwards = ours.kv_quant()["forwards"]
+    ours.generate(piece(40, seed=51), 201, ignore_eos=True)
+    assert ours.kv_quant()["forwards"] >= forwards + 200
+    lines = re.findall(r"kv-quant oscar: level 0: \d+ tokens [\d.]+ MiB, .*hot blocks \d+ of \d+ used, \d+ demotions", log_text(ours))
+    assert len(lines) >= ours.kv_quant()["forwards"] // 200
