@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from oscar_radix.patches.allocator import OscarPageAllocator
-from oscar_radix.patches.radix import OscarRadixCache
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
@@ -21,6 +19,8 @@ from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from oscar_radix.attention.plan import ForwardPlan, plan_forward
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.patches.allocator import OscarPageAllocator
+from oscar_radix.patches.radix import OscarRadixCache
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS
 from oscar_radix.pool.store import KVStore
 from oscar_radix.sequence import Sequence
