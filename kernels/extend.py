@@ -6,6 +6,7 @@ No bf16 copy of the prefix exists. Specification: oscar_radix.attention.backend.
 import torch
 import triton
 import triton.language as tl
+
 from oscar_radix.kernels.pages import PAGE, attend_page, load_queries, softmax_step, store_planes, value_channels
 
 BLOCK_TOKENS = 64
@@ -14,7 +15,7 @@ BLOCK_TOKENS = 64
 
 @triton.jit
 def _extend(
-    query_ptr, key_ptr, value_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, hot_numbers, table_ptr, levels_ptr,
+    query_ptr, key_ptr, value_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, levels_ptr,
     key_step, key_zero, key_masks, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first, out_ptr,
     row_stride, softmax_scale, Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +48,8 @@ def _extend(
         level = tl.load(levels_ptr + page).to(tl.int32)
         valid = index * PAGE + token < prefix
         top, total, shift, a0, a1, a2, a3 = attend_page(
-            page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, hot_numbers, table_ptr, key_masks,
-            b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3, Hkv, D,
+            page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_masks,
+            b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3, True, Hkv, D,
         )  # fmt: skip
 
     # The own chunk: keys and values in the basis, unquantised.

@@ -53,13 +53,9 @@ def softmax_step(scores, top, total):
 
 
 @triton.jit
-def hot_row_numbers(numbers_ptr, table_ptr, page, level, head, Hkv: tl.constexpr):
-    """For each token 0..31 of a page: is it among the page's hot rows? int1 [32]. For levels up to 8."""
-    slot = tl.arange(0, 8)
-    block = tl.load(table_ptr + page * PAGE_BLOCKS + slot // BLOCK_ROWS, mask=slot < level, other=0)
-    at = (block.to(tl.int64) * Hkv + head) * BLOCK_ROWS + slot % BLOCK_ROWS
-    number = tl.load(numbers_ptr + at, mask=slot < level, other=255).to(tl.int32)
-    return tl.sum((number[:, None] == tl.arange(0, PAGE)[None, :]).to(tl.int32), 0) > 0
+def is_hot(row_masks_ptr, page, head, Hkv: tl.constexpr):
+    """For each token 0..31 of a page: is it among the page's hot rows for this head? int1 [32]."""
+    return ((tl.load(row_masks_ptr + page * Hkv + head) >> tl.arange(0, PAGE)) & 1) != 0
 
 
 @triton.jit
@@ -104,11 +100,11 @@ def load_queries(query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scal
 
 @triton.jit
 def attend_page(
-    page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, hot_numbers, table_ptr, key_masks,
+    page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_masks,
     b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3,
-    Hkv: tl.constexpr, D: tl.constexpr,
+    RECORDS: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Add one page to the running softmax of M query rows: its record without the hot rows, then its hot rows.
+    """Add one page to the running softmax of M query rows: its record without the hot rows (if RECORDS), then its hot rows.
 
     Args:
         page, level: page number (int64) and its level.
@@ -119,7 +115,7 @@ def attend_page(
     channel = tl.arange(0, Q)
     token = tl.arange(0, PAGE)
     head_channels = head * D
-    if level < PAGE:
+    if RECORDS and level < PAGE:
         record = (page * Hkv + head) * PAGE + token
         codes = tl.load(k_codes + record[:, None] * Q + channel[None, :])
         k_scale = tl.load(scales + record * 2).to(tl.float32)
@@ -131,7 +127,7 @@ def attend_page(
         s = (s * unit_b[:, None] - offset[:, None]) * k_scale[None, :]
         keep = valid
         if level > 0:
-            keep = valid & ~hot_row_numbers(hot_numbers, table_ptr, page, level, head, Hkv)
+            keep = valid & ~is_hot(row_masks, page, head, Hkv)
         s = tl.where(keep[None, :], s, float("-inf"))
         top, factor, weights, total = softmax_step(s, top, total)
         weights *= v_scale[None, :]
@@ -171,7 +167,7 @@ def attend_page(
 def store_planes(target, row_ok, a0, a1, a2, a3, total, shift, D: tl.constexpr):
     """Normalise and store the output planes of M rows; target: pointers [M, 1] to their channel 0."""
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
-    tl.store(target + value_channels(0, D)[None, :], ((a0 - shift[:, None]) * inverse[:, None]), mask=row_ok[:, None])
+    tl.store(target + value_channels(0, D)[None, :], (a0 - shift[:, None]) * inverse[:, None], mask=row_ok[:, None])
     tl.store(target + value_channels(1, D)[None, :], (a1 - shift[:, None]) * inverse[:, None], mask=row_ok[:, None])
     tl.store(target + value_channels(2, D)[None, :], (a2 - shift[:, None]) * inverse[:, None], mask=row_ok[:, None])
     tl.store(target + value_channels(3, D)[None, :], (a3 - shift[:, None]) * inverse[:, None], mask=row_ok[:, None])

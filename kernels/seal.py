@@ -7,6 +7,7 @@ codes are floors of two roundings, as in torch.
 import torch
 import triton
 import triton.language as tl
+
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, value_channels
 
 

@@ -8,6 +8,7 @@ int8 rows afterwards (`seal`) is bit-identical.
 import torch
 import triton
 import triton.language as tl
+
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS
 
 CHUNK = tl.constexpr(32)

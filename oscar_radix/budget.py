@@ -69,7 +69,7 @@ def split_budget(
         ValueError: when the budget is too small, with what was asked and what is possible.
     """
     block = HotPool.block_bytes(geometry)
-    page = BaseRecords.page_bytes(geometry, layout) + HotPool.table_bytes_per_page() + PageTable.bytes_per_page()
+    page = BaseRecords.page_bytes(geometry, layout) + HotPool.table_bytes_per_page(geometry) + PageTable.bytes_per_page()
     wanted_pages = (running_requests or 1) + -(-(prefill_tokens or 0) // PAGE_TOKENS)
     hot_blocks = max(int(budget_bytes * hot_fraction) // block, wanted_pages * PAGE_BLOCKS)
     if hot_blocks * block > LARGEST_HOT_SHARE * budget_bytes:

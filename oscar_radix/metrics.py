@@ -39,7 +39,7 @@ class Metrics:
             "hot_blocks": {"capacity": store.hot.capacity, "free": store.hot.free_blocks},
             "demotions": residency.demotions,
             "pages_sealed_without_hot_rows": residency.sealed_without_hot_rows,
-            "rows_with_nan_or_inf": store.bad_rows,
+            "rows_with_nan_or_inf": int(store.bad_rows),
             "forwards": residency.now,
         }
 
@@ -63,5 +63,5 @@ class Metrics:
         hot = self.store.hot
         return (
             f"kv-quant oscar: {', '.join(levels)}; hot blocks {hot.capacity - hot.free_blocks} of {hot.capacity} used, "
-            f"{self.store.residency.demotions} demotions, {self.store.bad_rows} rows with NaN or Inf"
+            f"{self.store.residency.demotions} demotions, {int(self.store.bad_rows)} rows with NaN or Inf"
         )

@@ -2,10 +2,8 @@
 
 from typing import Any
 
+import numpy as np
 import torch
-from oscar_radix.kernels.attend import attend
-from oscar_radix.patches.refusals import Refused
-from oscar_radix.patches.runtime import Runtime
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
@@ -13,11 +11,18 @@ from oscar_radix.attention.backend import TorchAttention
 from oscar_radix.attention.plan import ForwardPlan, plan_forward
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.kernels.attend import attend
+from oscar_radix.patches.refusals import Refused
+from oscar_radix.patches.runtime import Runtime
 from oscar_radix.sequence import Sequence
 
 
 class OscarAttentionBackend(AttentionBackend):
-    """Plans in `init_forward_metadata`, runs in `forward_extend` and `forward_decode`."""
+    """Plans in `init_forward_metadata`, runs in `forward_extend` and `forward_decode`.
+
+    On a CPU everything is plain torch. On CUDA decode reads SGLang's own tables at fixed addresses, so that its CUDA graphs replay;
+    the hot pool is brought up to date before each replay, outside the graph.
+    """
 
     needs_cpu_seq_lens = True
 
@@ -27,42 +32,93 @@ class OscarAttentionBackend(AttentionBackend):
         self.runtime = runtime
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.first_layer = runner.token_to_kv_pool.start_layer
-        runtime.attention = TorchAttention(runtime.store)
-        self.plan: ForwardPlan | None = None
+        self.on_cpu = runtime.store.device.type == "cpu"
+        if self.on_cpu:
+            runtime.attention = TorchAttention(runtime.store)
+        else:
+            from oscar_radix.attention.triton_backend import TritonAttention
+
+            runtime.attention = TritonAttention(runtime.store, runner.req_to_token_pool.size, self.req_to_token.shape[1])
+        self.plan: Any = None
         self.moments: MomentAccumulator | None = None
 
+    # Plan ------------------------------------------------------------------------------------------------------------
+
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Lay out the forward; precision changes happen here, between forwards."""
+        """Lay out an eager forward; precision changes happen here, between forwards."""
         if forward_batch.forward_mode.is_idle():
             self.plan = None
             return
-        self.plan = plan_forward(self.runtime.store, self._sequences(forward_batch))
+        sequences = self._sequences(forward_batch)
+        forward = plan_forward(self.runtime.store, sequences)
+        if self.on_cpu:
+            self.plan = forward
+        elif forward_batch.forward_mode.is_decode():
+            self._plan_decode(forward_batch)
+        else:
+            self._plan_extend(forward_batch, forward, sequences)
         self.runtime.log_periodically()
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Before a decode graph is captured or replayed. Padding rows have one token in page 0 and are not planned."""
+        if not in_capture:
+            self.runtime.store.residency.prepare(self._sequences(forward_batch))
+            self.runtime.log_periodically()
+        self._plan_decode(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing: buffers of all batch sizes exist from the start."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Tokens of a padding row."""
+        return 1
+
+    def _plan_decode(self, forward_batch: Any) -> None:
+        from oscar_radix.attention.triton_backend import DecodeBatch
+
+        self.plan = DecodeBatch(self.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens, forward_batch.out_cache_loc)
+        self.runtime.attention.prepare_decode(self.plan)
+
+    def _plan_extend(self, forward_batch: Any, forward: ForwardPlan, sequences: list[Sequence]) -> None:
+        from oscar_radix.attention.triton_backend import ExtendBatch, query_blocks
+
+        device = self.req_to_token.device
+        lengths = [sequence.seq_len - sequence.prefix_len for sequence in sequences]
+        starts = np.cumsum([0, *lengths[:-1]])
+        layout = torch.tensor([[sequence.prefix_len for sequence in sequences], starts.tolist(), lengths], device=device)
+        where = (self.req_to_token, forward_batch.req_pool_indices, *layout.unbind())
+        self.plan = ExtendBatch(forward.write, forward_batch.out_cache_loc, where, query_blocks(lengths, device))
 
     def _sequences(self, forward_batch: Any) -> list[Sequence]:
         lengths = forward_batch.seq_lens_cpu.tolist()
         decode = forward_batch.forward_mode.is_decode()
         prefixes = [length - 1 for length in lengths] if decode else list(forward_batch.extend_prefix_lens_cpu)
-        rows = forward_batch.req_pool_indices.tolist()
-        sequences = []
-        for row, prefix, length in zip(rows, prefixes, lengths, strict=True):
-            slots = self.req_to_token[row, :length:PAGE_TOKENS]
-            sequences.append(Sequence((slots // PAGE_TOKENS).cpu().numpy().astype("int64"), int(prefix), int(length), decode))
-        return sequences
+        needed = -(-max(lengths) // PAGE_TOKENS)
+        slots = self.req_to_token[forward_batch.req_pool_indices, : needed * PAGE_TOKENS : PAGE_TOKENS]
+        pages = (slots // PAGE_TOKENS).cpu().numpy().astype(np.int64)
+        return [
+            Sequence(row[: -(-length // PAGE_TOKENS)], int(prefix), int(length), decode)
+            for row, prefix, length in zip(pages, prefixes, lengths, strict=True)
+            if not (decode and length == 1)
+        ]
+
+    # Run -------------------------------------------------------------------------------------------------------------
 
     def forward_extend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True
     ) -> torch.Tensor:
         """Prefill tokens: against cached pages and, causally, against their own chunk."""
-        return self._forward(q, k, v, layer, save_kv_cache)
+        return self._forward(q, k, v, layer, save_kv_cache, "extend")
 
     def forward_decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True
     ) -> torch.Tensor:
         """One new token a sequence, read back from the cache like all others."""
-        return self._forward(q, k, v, layer, save_kv_cache)
+        return self._forward(q, k, v, layer, save_kv_cache, "decode")
 
-    def _forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, save_kv_cache: bool) -> torch.Tensor:
+    def _forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, save_kv_cache: bool, mode: str
+    ) -> torch.Tensor:
         if k is None or v is None or not save_kv_cache:
             raise NotImplementedError(f"layer {layer.layer_id} shares another layer's KV cache, which --kv-quant oscar does not support")
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -71,8 +127,10 @@ class OscarAttentionBackend(AttentionBackend):
         index = layer.layer_id - self.first_layer
         if self.moments is not None:
             out = self._calibrate(index, query, key, value, layer.scaling)
-        else:
+        elif self.on_cpu:
             out = self.runtime.attention.run(index, query, key, value, self.plan, layer.scaling)
+        else:
+            out = getattr(self.runtime.attention, mode)(index, query, key, value, self.plan, layer.scaling)
         return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _calibrate(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -83,8 +141,8 @@ class OscarAttentionBackend(AttentionBackend):
         return out.to(query.dtype)
 
     def support_triton(self) -> bool:
-        """Slot arithmetic is plain torch."""
-        return False
+        """Whether SGLang may use its own Triton kernels to fill its tables."""
+        return not self.on_cpu
 
 
 def _refuse_layers(model: torch.nn.Module) -> None:

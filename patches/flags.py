@@ -1,17 +1,23 @@
 """Command-line flags of the plugin, and how they reach the scheduler process."""
 
+import logging
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags
-from oscar_radix.patches.targets import problems
 
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags
+from oscar_radix.patches.targets import problems
 from oscar_radix.policy import POLICIES
+
+logger = logging.getLogger("oscar_radix")
+
+BACKEND = "oscar"
+"""Name of our attention backend on CUDA and of our radix cache backend."""
 
 ATTRIBUTE = "_oscar_config"
 """Attribute of ServerArgs that carries the OscarConfig; underscore names survive SGLang's freezing and pickling."""
@@ -83,15 +89,22 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
             recent_tokens=args.oscar_recent_tokens,
             hot_fraction=args.oscar_hot_fraction,
         )
-        refuse_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_device(device, config.recipe)
         refuse_flags(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from (None if isinstance(error, Refused) else error)
     args.page_size = PAGE_TOKENS
-    args.radix_cache_backend = "oscar"
-    # On the CPU our backend stands in the place of SGLang's torch_native one, which switches CUDA graphs off by itself.
-    args.attention_backend = "torch_native"
-    args.disable_overlap_schedule = True
+    args.radix_cache_backend = BACKEND
+    if device == "cpu":
+        # Our backend stands in the place of SGLang's torch_native one, which switches CUDA graphs off by itself.
+        args.attention_backend = "torch_native"
+        args.disable_overlap_schedule = True
+    else:
+        args.attention_backend = BACKEND
+        if not args.disable_prefill_cuda_graph:
+            logger.info("kv-quant oscar: prefill CUDA graphs are switched off; decode graphs stay on")
+        args.disable_prefill_cuda_graph = True
     server_args = original(cls, args)
     object.__setattr__(server_args, ATTRIBUTE, config)
     return server_args

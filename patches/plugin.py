@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from oscar_radix.patches import flags, targets
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from oscar_radix.patches import flags, targets
 
 
 def register() -> None:
@@ -40,21 +41,25 @@ def _scheduler_hooks() -> dict[str, Any]:
 def _register_factories() -> None:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
+    from sglang.srt.server_args import add_attention_backend_choices
 
     def build_tree(ctx: Any) -> Any:
         from oscar_radix.patches.radix import build_tree
 
         return build_tree(ctx)
 
-    register_radix_cache_backend("oscar", build_tree)
-    stock_torch_native = ATTENTION_BACKENDS["torch_native"]
-
-    def torch_native(runner: Any) -> Any:
-        if flags.config_of(runner.server_args) is None:
-            return stock_torch_native(runner)
+    def oscar(runner: Any) -> Any:
         from oscar_radix.patches.attention import OscarAttentionBackend
         from oscar_radix.patches.runtime import current
 
         return OscarAttentionBackend(runner, current())
+
+    register_radix_cache_backend(flags.BACKEND, build_tree)
+    add_attention_backend_choices([flags.BACKEND])
+    ATTENTION_BACKENDS[flags.BACKEND] = oscar
+    stock_torch_native = ATTENTION_BACKENDS["torch_native"]
+
+    def torch_native(runner: Any) -> Any:
+        return stock_torch_native(runner) if flags.config_of(runner.server_args) is None else oscar(runner)
 
     ATTENTION_BACKENDS["torch_native"] = torch_native

@@ -83,7 +83,7 @@ FLAG_RULES: tuple[Rule, ...] = (
         "--radix-cache-backend {radix_cache_backend}: page states live in our own tree adapter; drop the flag",
     ),
     Rule(
-        _flag("attention_backend", "torch_native"),
+        _flag("attention_backend", "torch_native", "oscar"),
         "--attention-backend {attention_backend}: reads bf16 rows, there are none; drop the flag, the right backend is chosen",
     ),
     Rule(
@@ -97,12 +97,16 @@ FLAG_RULES: tuple[Rule, ...] = (
 )
 
 
-def refuse_device(device: str) -> None:
-    """Only the CPU until the GPU kernels exist."""
-    if device != "cpu":
+RECIPES_WITH_KERNELS = ("tck", "mulm")
+
+
+def refuse_device(device: str, recipe: str) -> None:
+    """CPU and CUDA; on CUDA only recipes that have kernels."""
+    if device not in ("cpu", "cuda"):
+        raise Refused(f"--kv-quant oscar cannot serve on device '{device}': it has kernels for CUDA and a plain-torch path for CPUs")
+    if device == "cuda" and recipe not in RECIPES_WITH_KERNELS:
         raise Refused(
-            f"--kv-quant oscar cannot serve on device '{device}' yet: its GPU kernels do not exist, only the plain-torch path for CPUs; "
-            "start with --device cpu, or drop --kv-quant oscar"
+            f"--oscar-recipe {recipe} has no GPU kernels, only the plain-torch path for CPUs; use one of {', '.join(RECIPES_WITH_KERNELS)}"
         )
 
 

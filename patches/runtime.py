@@ -2,8 +2,8 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
-from oscar_radix.attention.backend import TorchAttention
 from oscar_radix.budget import PoolSizes
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import Geometry
@@ -21,7 +21,7 @@ class Runtime:
     geometry: Geometry
     sizes: PoolSizes
     store: KVStore | None = None
-    attention: TorchAttention | None = None
+    attention: Any = None
     metrics: Metrics | None = None
 
     def log_periodically(self) -> None:

@@ -4,14 +4,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from oscar_radix.codec import get_recipe
+from oscar_radix.metrics import Metrics
 from oscar_radix.patches.flags import config_of
 from oscar_radix.patches.radix import OscarRadixCache
 from oscar_radix.patches.runtime import current
 from oscar_radix.patches.startup_calibration import load_or_calibrate
 from oscar_radix.patches.targets import problems
-
-from oscar_radix.codec import get_recipe
-from oscar_radix.metrics import Metrics
 
 logger = logging.getLogger("oscar_radix")
 
@@ -33,7 +32,7 @@ def scheduler_init(original: Callable[..., None], self: Any, server_args: Any, *
     if missing:
         raise RuntimeError(f"--kv-quant oscar: SGLang did not build our {', '.join(missing)}; refusing to serve bf16 silently")
     calibration, source = load_or_calibrate(self.tp_worker.model_runner, self.tokenizer, config, runtime.geometry)
-    runtime.store.codec = get_recipe(config.recipe).codec(calibration, runtime.store.device)
+    runtime.store.codec.assign(get_recipe(config.recipe).codec(calibration, runtime.store.device))
     runtime.metrics = Metrics(config, runtime.sizes, runtime.store, source)
     for line in runtime.metrics.startup_lines():
         logger.info(line)

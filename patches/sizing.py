@@ -4,17 +4,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel, get_schedule
+
+from oscar_radix.budget import split_budget
+from oscar_radix.codec import get_recipe
+from oscar_radix.codec.parameters import parameter_bytes, placeholder
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.patches.allocator import OscarPageAllocator
 from oscar_radix.patches.flags import config_of
 from oscar_radix.patches.pool import OscarKVPool
 from oscar_radix.patches.refusals import refuse_model
 from oscar_radix.patches.runtime import Runtime, current, install
-from sglang.srt.runtime_context import get_parallel, get_schedule
-
-from oscar_radix.budget import split_budget
-from oscar_radix.codec import get_recipe
-from oscar_radix.codec.parameters import parameter_bytes
-from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy import POLICIES
 from oscar_radix.pool.store import KVStore
 
@@ -70,6 +70,8 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         recent_tokens=config.recent_tokens,
         device=self.device,
     )
+    # CUDA graphs are captured before there is a calibration; its parameters come to the placeholder's addresses.
+    runtime.store.codec = placeholder(get_recipe(config.recipe), geometry, self.device)
     return OscarKVPool(
         runtime.store,
         size=kwargs["sizes"].max_total_num_tokens,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from oscar_radix.patches.attention import OscarAttentionBackend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_parallel
@@ -21,6 +20,7 @@ from oscar_radix.calibration.predicted import fit
 from oscar_radix.codec import Calibration, CalibrationError, get_recipe
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import Geometry
+from oscar_radix.patches.attention import OscarAttentionBackend
 
 logger = logging.getLogger("oscar_radix")
 

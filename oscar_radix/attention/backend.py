@@ -51,7 +51,7 @@ class TorchAttention:
         value = self.store.codec.values_to_basis(layer, v)
         k8, k_scale, bad_k = quantise_rows(key)
         v8, v_scale, bad_v = quantise_rows(value)
-        self.store.bad_rows += int(bad_k.sum()) + int(bad_v.sum())
+        self.store.bad_rows += (bad_k.sum() + bad_v.sum()).to(torch.int32)
         key = key.masked_fill(bad_k[..., None], 0.0)
         value = value.masked_fill(bad_v[..., None], 0.0)
         return key, value, Rows(k8, k_scale, v8, v_scale)
@@ -92,13 +92,8 @@ class TorchAttention:
         key, value = self.store.codec.open(layer, *self.store.base.read(layer, read.base_pages))
         mask = None
         if read.partial:
-            pages, heads = key.shape[:2]
-            open_rows = torch.ones(pages, heads, PAGE_TOKENS, dtype=torch.bool, device=key.device)
-            for index, blocks in read.partial:
-                numbers = self.store.hot.read_row_numbers(layer, blocks)
-                hot = torch.zeros(len(index), heads, PAGE_TOKENS, dtype=torch.bool, device=key.device).scatter_(2, numbers, True)
-                open_rows[index] = ~hot
-            mask = open_rows.transpose(0, 1).reshape(heads, 1, -1)
+            hot = (self.store.hot.row_masks[layer, read.base_pages][..., None] >> torch.arange(PAGE_TOKENS, device=key.device)) & 1
+            mask = (hot == 0).transpose(0, 1).reshape(key.shape[1], 1, -1)
         return _by_head(key), _by_head(value), mask
 
     def _hot(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,16 +6,23 @@ import torch
 
 from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
-from oscar_radix.kernels.decode import decode
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.kernels.decode import decode, list_hot_pages, supports_records_kernel
 from oscar_radix.kernels.extend import BLOCK_TOKENS, extend
 from oscar_radix.kernels.seal import seal
 from oscar_radix.kernels.write import write_decode, write_rows
 from oscar_radix.pool.store import KVStore
 
-PROGRAMS_PER_MULTIPROCESSOR = 4
-"""Split-KV programs of a decode step that one multiprocessor is given."""
+RECORD_PROGRAMS = 16
+"""One-warp programs of 128 registers that a multiprocessor holds: the records' split-KV fills the GPU exactly once."""
 
-LARGEST_SPLIT = 64
+GENERAL_PROGRAMS = 4
+"""Programs a multiprocessor of the general stage 1."""
+
+HOT_SPLITS = 4
+"""Splits of each sequence's hot pages."""
+
+LARGEST_SPLIT = 256
 """Upper limit of the splits of one sequence, so that the combine reads them in one tile."""
 
 
@@ -52,20 +59,31 @@ def query_blocks(lengths: list[int], device: torch.device) -> tuple[torch.Tensor
 class TritonAttention:
     """`decode` and `extend` of one layer. Decode makes no host decision, so that CUDA graphs capture it."""
 
-    def __init__(self, store: KVStore, max_requests: int):
+    def __init__(self, store: KVStore, max_requests: int, max_tokens: int):
+        """`max_requests` in a decode step, of at most `max_tokens` each."""
         self.store = store
         device = store.device
         geometry = store.geometry
+        self._fast = supports_records_kernel(geometry.head_dim, geometry.group)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
-        rows = max(max_requests * self.splits(max_requests), *(b * self.splits(b) for b in range(1, max_requests + 1)))
+        self._programs = (RECORD_PROGRAMS if self._fast else GENERAL_PROGRAMS) * multiprocessors
+        rows = max(count * sum(self.splits(count)) for count in range(1, max_requests + 1))
         self._partial = torch.empty(rows * geometry.query_heads * geometry.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows * geometry.query_heads, dtype=torch.float32, device=device)
-        self.bad_rows = torch.zeros(1, dtype=torch.int32, device=device)
+        largest = min(-(-max_tokens // PAGE_TOKENS), store.hot.capacity)
+        self._hot_pages = torch.zeros(max_requests, largest, dtype=torch.int32, device=device)
+        self._hot_counts = torch.zeros(max_requests, dtype=torch.int32, device=device)
 
-    def splits(self, batch: int) -> int:
-        """Splits of each sequence that fill the GPU once."""
-        return max(1, min(LARGEST_SPLIT, self._programs // (batch * self.store.geometry.kv_heads)))
+    def splits(self, batch: int) -> tuple[int, int]:
+        """Splits of each sequence's records and of its hot pages; the records' fill the GPU once."""
+        records = max(1, min(LARGEST_SPLIT, self._programs // (batch * self.store.geometry.kv_heads)))
+        return records, HOT_SPLITS if self._fast else 0
+
+    def prepare_decode(self, batch: "DecodeBatch") -> None:
+        """Once a step, before the layers: which pages of each request hold hot rows."""
+        count = len(batch.rows)
+        hot = (self._hot_pages[:count], self._hot_counts[:count])
+        list_hot_pages((batch.req_to_token, batch.rows, batch.lengths), self.store.hot.device_levels, hot)
 
     def decode(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: DecodeBatch, softmax_scale: float
@@ -75,12 +93,13 @@ class TritonAttention:
         count, query_heads, dim = q.shape
         query = torch.empty(count, query_heads, dim, dtype=torch.float32, device=q.device)
         hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
-        write_decode(q, k, v, batch.slots, codec.basis_parameters(layer), hot_rows, hot.device_block_table, query, self.bad_rows)
+        write_decode(q, k, v, batch.slots, codec.basis_parameters(layer), hot_rows, hot.device_block_table, query, self.store.bad_rows)
         seal(batch.slots, hot_rows, self._records(layer), codec.seal_parameters(layer), hot.device_block_table, newest_slots=True)
         splits = self.splits(count)
+        total = sum(splits)
         workspace = (
-            self._partial[: count * query_heads * splits * dim].view(count, query_heads, splits, dim),
-            self._lse[: count * query_heads * splits].view(count, query_heads, splits),
+            self._partial[: count * query_heads * total * dim].view(count, query_heads, total, dim),
+            self._lse[: count * query_heads * total].view(count, query_heads, total),
         )
         out = torch.empty_like(query, dtype=q.dtype)
         decode(
@@ -90,7 +109,9 @@ class TritonAttention:
             codec.key_parameters(layer),
             codec.value_parameters(layer),
             (batch.req_to_token, batch.rows, batch.lengths),
+            (self._hot_pages[:count], self._hot_counts[:count]),
             workspace,
+            splits,
             out,
             softmax_scale,
         )
@@ -108,7 +129,7 @@ class TritonAttention:
             torch.empty(*key.shape[:2], 2, dtype=torch.float16, device=key.device),
         )
         hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
-        write_rows(key, value, batch.slots, hot_rows, hot.device_block_table, rows, self.bad_rows)
+        write_rows(key, value, batch.slots, hot_rows, hot.device_block_table, rows, self.store.bad_rows)
         parameters = codec.seal_parameters(layer)
         seal(plan.seal_pages, hot_rows, self._records(layer), parameters, hot.device_block_table)
         seal(plan.direct_pages, rows, self._records(layer), parameters, starts=plan.direct_tokens[:, 0].contiguous())
@@ -140,4 +161,4 @@ class TritonAttention:
 
     def _layer_cache(self, layer: int) -> tuple[torch.Tensor, ...]:
         hot = self.store.hot
-        return (*self._records(layer), hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer], hot.row_numbers[layer])
+        return (*self._records(layer), hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer], hot.row_masks[layer])

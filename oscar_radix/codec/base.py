@@ -42,6 +42,16 @@ class Codec(ABC):
         self._parameters[name] = kept
         return kept
 
+    def assign(self, other: "Codec") -> None:
+        """Take over the parameters of a codec of the same recipe and geometry, at the same addresses: captured CUDA graphs keep them."""
+        if (other.recipe_name, other.geometry) != (self.recipe_name, self.geometry):
+            raise CalibrationError(
+                f"a codec of recipe '{self.recipe_name}' and {self.geometry} cannot take the parameters of recipe '{other.recipe_name}' "
+                f"and {other.geometry}"
+            )
+        for name, tensor in self._parameters.items():
+            tensor.copy_(other._parameters[name])
+
     @property
     def parameter_bytes(self) -> int:
         """Bytes of all parameter tensors that this codec holds on its device."""

@@ -46,6 +46,13 @@ class KeyPacking:
         self.lifts[..., 1::2, :] = (low == 1).to(torch.uint8)
         self.masks = (((1 << planes) - 1) << self.lifts.long()).to(torch.uint8)
 
+    @classmethod
+    def of(cls, masks: Tensor, lifts: Tensor) -> "KeyPacking":
+        """From masks and lifts that were checked before; they are kept as they are, not copied."""
+        packing = cls.__new__(cls)
+        packing.masks, packing.lifts = masks, lifts
+        return packing
+
     def pack(self, codes: Tensor) -> Tensor:
         """uint8 codes [..., D], each below 2**width, to uint8 [..., D/4]; leading axes broadcast against the widths'."""
         operands = codes.unflatten(-1, (PLANES, -1)) << self.lifts

@@ -1,25 +1,31 @@
-"""Bytes of a codec's parameters, known before its calibration exists."""
+"""A codec before its calibration exists: its bytes, and a placeholder at its addresses."""
 
 from dataclasses import replace
 
 import torch
 
-from oscar_radix.codec.base import Recipe
+from oscar_radix.codec.base import Codec, Recipe
 from oscar_radix.codec.moments import Moments
 from oscar_radix.geometry import Geometry
 
 
-def parameter_bytes(recipe: Recipe, geometry: Geometry) -> int:
-    """Bytes of all parameter tensors that `recipe` will hold for `geometry`.
+def placeholder(recipe: Recipe, geometry: Geometry, device: torch.device | str) -> Codec:
+    """A codec fitted on white moments; `Codec.assign` gives it a calibration's parameters later."""
+    return recipe.codec(recipe.fit(_white(geometry)), device)
 
-    They do not depend on the calibration's values, so one layer is fitted on white moments and counted.
-    """
+
+def parameter_bytes(recipe: Recipe, geometry: Geometry) -> int:
+    """Bytes of all parameter tensors that `recipe` will hold for `geometry`; they do not depend on the calibration's values."""
     one_layer = replace(geometry, layers=1)
+    return placeholder(recipe, one_layer, "cpu").parameter_bytes * geometry.layers
+
+
+def _white(geometry: Geometry) -> Moments:
     heads, dim = geometry.kv_heads, geometry.head_dim
-    white = torch.eye(dim, dtype=torch.float64).expand(1, heads, dim, dim).contiguous()
-    zero = torch.zeros(1, heads, dim, dtype=torch.float64)
-    moments = Moments(
-        geometry=one_layer,
+    white = torch.eye(dim, dtype=torch.float64).expand(geometry.layers, heads, dim, dim).contiguous()
+    zero = torch.zeros(geometry.layers, heads, dim, dtype=torch.float64)
+    return Moments(
+        geometry=geometry,
         tokens=dim,
         skipped_rows=0,
         key_mean=zero,
@@ -29,4 +35,3 @@ def parameter_bytes(recipe: Recipe, geometry: Geometry) -> int:
         value_weighted_mean=zero,
         value_weighted_second=white,
     )
-    return recipe.codec(recipe.fit(moments), "cpu").parameter_bytes * geometry.layers

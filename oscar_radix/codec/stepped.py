@@ -27,8 +27,9 @@ class SteppedCodec(Codec):
             raise CalibrationError(f"the calibration of recipe '{calibration.recipe}' lacks the tensors {sorted(missing)}")
         widths, sigma = calibration.tensors["key_widths"].long().cpu(), calibration.tensors["key_sigma"].double().cpu()
         packing = KeyPacking(widths)
-        self._packing = [KeyPacking(layer.unsqueeze(1).to(self.device)) for layer in widths]
         self.key_masks = self._keep("key_masks", packing.masks)
+        lifts = self._keep("key_lifts", packing.lifts)
+        self._packing = [KeyPacking.of(masks.unsqueeze(1), layer.unsqueeze(1)) for masks, layer in zip(self.key_masks, lifts, strict=True)]
         gaussian = torch.tensor([uniform.GAUSSIAN_STEP[w] for w in range(5)], dtype=torch.float64)[widths]
         top = 2.0**widths - 1
         lift = 2.0 ** packing.lifts.flatten(-2).double()

@@ -32,7 +32,7 @@ class HotPool:
 
     A block holds, for every (layer, KV head), two rows of K and V in the codec's basis, their fp16 scales and the numbers
     of the tokens (0..31 of the page) that they are. A page at level r owns r / 2 blocks, listed in its row of the block
-    table; at level 32 block i holds tokens 2i and 2i + 1.
+    table; at level 32 block i holds tokens 2i and 2i + 1. Bit i of row_masks[layer, page, head] says that token i is hot.
 
     Args:
         geometry: attention shape of this rank.
@@ -51,6 +51,7 @@ class HotPool:
         self.v_rows = torch.zeros(*shape, geometry.head_dim, dtype=torch.int8, device=device)
         self.scales = torch.zeros(*shape, 2, dtype=torch.float16, device=device)
         self.row_numbers = torch.zeros(*shape, dtype=torch.uint8, device=device)
+        self.row_masks = torch.zeros(geometry.layers, pages, geometry.kv_heads, dtype=torch.int32, device=device)
         self.block_table = np.full((pages, PAGE_BLOCKS), -1, dtype=np.int32)
         self.levels = np.zeros(pages, dtype=np.uint8)
         # On a CPU the kernels' tables are the host's; elsewhere they are copies, brought up to date by `sync_tables`.
@@ -107,6 +108,7 @@ class HotPool:
             chosen = whole.gather(2, rows[..., None].expand(-1, -1, -1, whole.shape[-1]))
             buffer[:, target] = chosen.view(layers, heads, kept // BLOCK_ROWS, BLOCK_ROWS, -1).movedim(1, 2)
         self.row_numbers[:, target] = rows.to(torch.uint8).view(layers, heads, kept // BLOCK_ROWS, BLOCK_ROWS).movedim(1, 2)
+        self.row_masks[:, page] = (torch.ones_like(rows) << rows).sum(dim=-1).to(torch.int32)
         self._free.extend(self.block_table[page, kept // BLOCK_ROWS :].tolist())
         self.block_table[page, kept // BLOCK_ROWS :] = -1
         self.levels[page] = kept
@@ -116,6 +118,7 @@ class HotPool:
         """Hand the blocks of page `source` to page `target`, which holds none; `source` is left at level 0."""
         if self.levels[target]:
             raise RuntimeError(f"page {target} already holds {self.levels[target]} hot rows; cannot take those of page {source}")
+        self.row_masks[:, target] = self.row_masks[:, source]
         self.block_table[target] = self.block_table[source]
         self.levels[target] = self.levels[source]
         self.block_table[source] = -1
@@ -129,14 +132,17 @@ class HotPool:
         self._free = list(range(self.capacity - 1, -1, -1))
         self.device_block_table.fill_(-1)
         self.device_levels.fill_(0)
+        self.row_masks.zero_()
         self._changed.clear()
 
     def sync_tables(self) -> None:
         """Copy the rows of changed pages to the device's tables, in order with the kernels of the current stream."""
         if not self._changed:
             return
+        pages = np.fromiter(self._changed, dtype=np.int64)
+        for level, mask in ((0, 0), (PAGE_TOKENS, -1)):
+            self.row_masks[:, torch.from_numpy(pages[self.levels[pages] == level]).to(self.device)] = mask
         if self.device.type != "cpu":
-            pages = np.fromiter(self._changed, dtype=np.int64)
             index = torch.from_numpy(pages).to(self.device)
             self.device_block_table[index] = torch.from_numpy(self.block_table[pages]).to(self.device)
             self.device_levels[index] = torch.from_numpy(self.levels[pages]).to(self.device)
@@ -176,11 +182,6 @@ class HotPool:
         scales = gather(self.scales, 2)
         return Rows(gather(self.k_rows, dim), scales[..., 0], gather(self.v_rows, dim), scales[..., 1])
 
-    def read_row_numbers(self, layer: int, blocks: torch.Tensor) -> torch.Tensor:
-        """Token numbers of the same rows: int64 [N, Hkv, r]."""
-        numbers = self.row_numbers[layer, blocks]
-        return numbers.transpose(1, 2).reshape(blocks.shape[0], numbers.shape[2], -1).long()
-
     # Bytes -----------------------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -190,9 +191,9 @@ class HotPool:
         return geometry.layers * geometry.kv_heads * BLOCK_ROWS * row
 
     @staticmethod
-    def table_bytes_per_page() -> int:
-        """Bytes of a page's entry in the block table and the level table."""
-        return PAGE_BLOCKS * 4 + 1
+    def table_bytes_per_page(geometry: Geometry) -> int:
+        """Bytes of a page's entry in the block table, the level table and the row masks."""
+        return PAGE_BLOCKS * 4 + 1 + geometry.layers * geometry.kv_heads * 4
 
     @property
     def row_bytes(self) -> int:
@@ -201,8 +202,8 @@ class HotPool:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the block table and the level table: the device's, which on a CPU are the host's."""
-        return self.device_block_table.nbytes + self.device_levels.nbytes
+        """Bytes of block table, level table and row masks: the device's, which on a CPU are the host's."""
+        return self.device_block_table.nbytes + self.device_levels.nbytes + self.row_masks.nbytes
 
     def check_integrity(self) -> None:
         """Every block is owned exactly once, and every page's block count is what its level says."""

@@ -48,7 +48,8 @@ class KVStore:
         self.table = PageTable(pages + 1)
         self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens)
         self.codec: Codec | None = None
-        self.bad_rows = 0
+        self.bad_rows = torch.zeros(1, dtype=torch.int32, device=device)
+        """Rows of K or V with NaN or Inf, over all layers and heads; counted on the device."""
 
     # Ownership -------------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class Pair:
             for buffer in (store.base.k_codes, store.base.v_codes, store.hot.k_rows, store.hot.v_rows):
                 buffer.random_(0, 100)  # poison: nothing may be read that was not written
             self.stores.append(store)
-        self.spec, self.ours = TorchAttention(self.stores[0]), TritonAttention(self.stores[1], max_requests=8)
+        self.spec, self.ours = TorchAttention(self.stores[0]), TritonAttention(self.stores[1], max_requests=8, max_tokens=4096)
         self.pages = [take_pages(self.stores[0], page_count(length)) for length in lengths]
         for pages in self.pages:
             self.stores[1].allocate(pages)
@@ -69,6 +69,7 @@ class Pair:
         rows, slots = to(list(counts)), torch.cat(slots).long()
         if decode:
             batch = DecodeBatch(self.rows, rows, to([s.seq_len for s in sequences]), slots)
+            self.ours.prepare_decode(batch)
             actual = self.ours.decode(0, q, k, v, batch, SCALE)
         else:
             lengths = list(counts.values())
@@ -130,6 +131,7 @@ def test_bad_rows_are_counted_and_do_not_spread():
     plan_forward(pair.stores[1], [sequence])
     slots = pair.rows[0, 64:65].long()
     batch = DecodeBatch(pair.rows, torch.zeros(1, dtype=torch.int64, device="cuda"), torch.tensor([65], device="cuda"), slots)
+    pair.ours.prepare_decode(batch)
     out = pair.ours.decode(0, q, k, v, batch, SCALE)
     assert torch.isfinite(out).all()
-    assert pair.ours.bad_rows.item() == 2
+    assert pair.stores[1].bad_rows.item() == 2
