@@ -12,7 +12,7 @@ TOKENS_PER_CHANNEL = 8
 
 
 class MomentAccumulator:
-    """float64 sums on the CPU over any number of sequences, per layer and KV head."""
+    """float64 sums over any number of sequences, per layer and KV head: computed where the rows are, kept on the CPU."""
 
     def __init__(self, geometry: Geometry) -> None:
         g = geometry
@@ -43,8 +43,8 @@ class MomentAccumulator:
             raise ValueError(f"q, k, v must be [T, heads, head_dim] with {expected}, got {shapes}")
         if not len(k):
             return
-        k, v = (x.detach().cpu().double().transpose(0, 1) for x in (k, v))
-        q = q.detach().cpu().double().unflatten(1, (g.kv_heads, g.group)).permute(1, 0, 2, 3)
+        k, v = (x.detach().double().transpose(0, 1) for x in (k, v))
+        q = q.detach().double().unflatten(1, (g.kv_heads, g.group)).permute(1, 0, 2, 3)
         good = q.isfinite().all(-1).all(-1) & k.isfinite().all(-1) & v.isfinite().all(-1)
         self.skipped_rows += int((~good).sum())
         k, v = (torch.where(good.unsqueeze(-1), x, 0.0) for x in (k, v))
@@ -54,15 +54,18 @@ class MomentAccumulator:
         weight = ((k @ qq) * k).sum(-1)
         weight = weight * (count / weight.sum(-1).clamp(min=1e-300)).unsqueeze(-1)
         weighted = v * weight.unsqueeze(-1)
-        sums = self._sums
-        sums["count"][layer] += count
-        sums["query_count"][layer] += count * g.group
-        sums["k"][layer] += k.sum(1)
-        sums["v"][layer] += v.sum(1)
-        sums["wv"][layer] += weighted.sum(1)
-        sums["kk"][layer] += k.mT @ k
-        sums["qq"][layer] += qq
-        sums["wvv"][layer] += weighted.mT @ v
+        added = {
+            "count": count,
+            "query_count": count * g.group,
+            "k": k.sum(1),
+            "v": v.sum(1),
+            "wv": weighted.sum(1),
+            "kk": k.mT @ k,
+            "qq": qq,
+            "wvv": weighted.mT @ v,
+        }
+        for name, value in added.items():
+            self._sums[name][layer] += value.cpu()
         self._tokens[layer] += k.shape[1]
 
     def merge(self, other: "MomentAccumulator") -> None:
