@@ -23,6 +23,13 @@ CPU_ARGS = (
 CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """SGLang's own switches. Without the passive wait, idle OpenMP threads starve whatever else uses the cores."""
 
+DIE_WITH_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"  # PR_SET_PDEATHSIG, kept across exec
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+)
+"""Runs Python with the given arguments so that the kernel ends it when the process that asked for it is gone, even by SIGKILL (Linux)."""
+
 STOP_GRACE_S = 10.0
 HEARTBEAT_S = 10.0
 
@@ -82,12 +89,13 @@ class SglangServer:
     def __enter__(self) -> "SglangServer":
         self.port = self._claim_port()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", self.model, "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), *CPU_ARGS, *self.extra_args]
+        arguments = ["-m", "sglang.launch_server", "--model-path", self.model, "--host", "127.0.0.1"]
+        arguments += ["--port", str(self.port), *CPU_ARGS, *self.extra_args]
         environment = {**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}
         with self.log_path.open("wb") as log:
-            log.write((" ".join(command) + "\n").encode())
+            log.write((" ".join([sys.executable, *arguments]) + "\n").encode())
             log.flush()
+            command = [sys.executable, "-c", DIE_WITH_PARENT, *arguments]
             # A session of its own, so that the whole process group can be ended without touching ours.
             self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:

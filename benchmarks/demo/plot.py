@@ -35,16 +35,17 @@ def _hits(axes, report: dict) -> None:
         cached = [entry["cached_tokens"] for entry in report[name]["turns"]]
         axes.bar([turn + shift for turn in turns], cached, width=0.4, label=f"{name}, from the cache", color=colour)
     axes.set(title="cached tokens per turn, all agents", xlabel="turn", xticks=turns)
-    axes.legend()
+    axes.legend(loc="lower left")
 
 
 def _stacked(axes, rounds: list[dict], what: str, unit: float, title: str) -> None:
-    levels = list(dict.fromkeys(level for entry in rounds for level in entry["levels"]))
+    # Levels that no page ever had would only crowd the legend.
+    levels = dict.fromkeys(level for entry in rounds for level, held in entry["levels"].items() if held[what])
     numbers = range(1, len(rounds) + 1)
     below = [0.0] * len(rounds)
     for level in levels:
         heights = [entry["levels"].get(level, {what: 0})[what] / unit for entry in rounds]
-        axes.bar(numbers, heights, bottom=below, label=f"level {level}")
+        axes.bar(numbers, heights, bottom=below, label=level if level == "fresh" else f"level {level}")
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set(title=title, xlabel="after round", xticks=list(numbers))
-    axes.legend()
+    axes.legend(loc="upper left")

@@ -1,8 +1,12 @@
 """Text of the workload: two shared system prompts with tool descriptions, and what the agents' users say."""
 
+import random
 from pathlib import Path
 
 TEXTS = Path(__file__).parent / "texts"
+
+ROWS = 4
+"""Rows of the raw tool output that ends every user message; tool output is most of what an agent reads."""
 
 _TRAVEL_TURNS = [
     (
@@ -102,6 +106,25 @@ def system_prompt(agent: int) -> str:
 
 
 def user_turns(agent: int) -> list[str]:
-    """What the user of `agent` says, turn by turn."""
+    """What the user of `agent` says, turn by turn, each with a table of raw tool output."""
     turns = _CLUSTER_TURNS if agent % 2 else _TRAVEL_TURNS
-    return [turn.format(**_AGENTS[agent]) for turn in turns]
+    return [f"{text.format(**_AGENTS[agent])}\n{_raw_output(agent, turn)}" for turn, text in enumerate(turns)]
+
+
+def _raw_output(agent: int, turn: int) -> str:
+    """ROWS lines that differ between agents and turns, and are the same in every run."""
+    draw = random.Random(1000 * agent + turn)
+    rows = _cluster_row if agent % 2 else _travel_row
+    return "RAW OUTPUT\n" + "\n".join(rows(draw, _AGENTS[agent], minute) for minute in sorted(draw.sample(range(60), ROWS)))
+
+
+def _travel_row(draw: random.Random, agent: dict, minute: int) -> str:
+    stop = draw.choice(["Mulhouse", "Luxembourg", "Salzburg", "Udine", "Liège", "Villach", "Bern", "Olten", "Aachen", "Graz"])
+    note = draw.choice(["bicycles allowed", "restaurant car", "quiet coach", "replacement bus", "change of platform"])
+    return f"{draw.randint(6, 21):02}:{minute:02} {agent['train']}{draw.randint(10, 99)} via {stop}, platform {draw.randint(1, 16)}, {note}"
+
+
+def _cluster_row(draw: random.Random, agent: dict, minute: int) -> str:
+    event = draw.choice(["write finished", "queue is long", "checksum repaired", "heartbeat late", "snapshot kept", "retry scheduled"])
+    where = f"{agent['host']}-{draw.randint(1, 4)} {agent['service']}"
+    return f"{agent['hour']}:{minute:02} {where}: {event}, slot {draw.randint(0, 11)}, {draw.randint(2, 999)} ms"

@@ -17,7 +17,7 @@ from benchmarks.demo.workload import Conversation
 from benchmarks.servers import SglangServer
 
 PAGE = 32
-TOP_K = 128
+TOP_K = 256
 
 
 @dataclass(frozen=True)

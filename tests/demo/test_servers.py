@@ -1,6 +1,9 @@
 """The parts of SglangServer that need no running server: ports, early death, clean-up. tests/serving runs real ones."""
 
 import socket
+import subprocess
+import sys
+import time
 
 import psutil
 import pytest
@@ -50,7 +53,7 @@ def test_a_server_that_never_answers_is_ended_with_its_children(script, tmp_path
         server.__enter__()
     assert not server.alive()
     pid = int(server.log_tail(1))
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not _runs(pid)
 
 
 def test_kv_quant_of_a_bf16_server_is_an_error(monkeypatch, tmp_path):
@@ -58,3 +61,23 @@ def test_kv_quant_of_a_bf16_server_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(server, "server_info", lambda: {"internal_states": [{}]})
     with pytest.raises(ServerError, match="plain has no kv_quant"):
         server.kv_quant()
+
+
+def test_the_server_does_not_outlive_a_killed_caller():
+    # DIE_WITH_PARENT is what starts the server; here it starts a sleeper for a caller that is killed at once.
+    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    caller = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {servers.DIE_WITH_PARENT!r}, '-c', {sleeper!r}])"
+    with subprocess.Popen([sys.executable, "-c", caller], stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 10
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
