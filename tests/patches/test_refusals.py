@@ -1,0 +1,310 @@
+"""What `--kv-quant oscar` refuses, through SGLang's own command line parser; and that `--kv-quant none` changes nothing."""
+
+import argparse
+import dataclasses
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
+from oscar_radix.config import OscarConfig
+from oscar_radix.patches import targets
+from oscar_radix.patches.attention import _refuse_layers
+from oscar_radix.patches.flags import config_of
+from oscar_radix.patches.refusals import FLAG_RULES, Refused, refuse_device, refuse_flags, refuse_model
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+CPU = ["--device", "cpu"]
+OSCAR = ["--kv-quant", "oscar", *CPU]
+
+REFUSED_FLAGS = [
+    ["--kv-cache-dtype", "fp8_e5m2"],
+    ["--page-size", "16"],
+    ["--speculative-algorithm", "EAGLE"],
+    ["--disaggregation-mode", "prefill"],
+    ["--enable-hierarchical-cache"],
+    ["--enable-lmcache"],
+    ["--enable-flexkv"],
+    ["--pipeline-parallel-size", "2"],
+    ["--decode-context-parallel-size", "2"],
+    ["--attn-cp-size", "2"],
+    ["--enable-deterministic-inference"],
+    ["--enable-streaming-session"],
+    ["--enable-session-radix-cache"],
+    ["--enable-hisparse"],
+    ["--enable-unified-memory"],
+    ["--enable-page-major-kv-layout"],
+    ["--prefill-only-disable-kv-cache"],
+    ["--enable-two-batch-overlap"],
+    ["--enable-pdmux"],
+    ["--enable-dp-attention"],
+    ["--enable-torch-compile"],
+    ["--enable-mixed-chunk"],
+    ["--enable-memory-saver"],
+    ["--kv-canary", "log"],
+    ["--dllm-algorithm", "LowConfidence"],
+    ["--radix-cache-backend", "other"],
+    ["--attention-backend", "triton"],
+    ["--prefill-attention-backend", "triton"],
+    ["--decode-attention-backend", "triton"],
+]
+ACCEPTED_FLAGS = [
+    ["--kv-cache-dtype", "auto"],
+    ["--kv-cache-dtype", "bf16"],
+    ["--page-size", "32"],
+    ["--disaggregation-mode", "null"],
+    ["--tensor-parallel-size", "2"],
+    ["--chunked-prefill-size", "512"],
+    ["--radix-eviction-policy", "lfu"],
+    ["--disable-radix-cache"],
+]
+WHAT_TO_DO = ("drop", "use", "serve", "set")
+
+
+def parse(*arguments: str, model: str = "no-model") -> ServerArgs:
+    return prepare_server_args(["--model-path", model, *arguments])
+
+
+def refusal(*arguments: str) -> str:
+    """The message of a refused command line."""
+    with pytest.raises(SystemExit) as error:
+        parse(*arguments)
+    return str(error.value)
+
+
+# Flags ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", REFUSED_FLAGS, ids=" ".join)
+def test_refused_flag(flag):
+    """One line for the flag: with its value, a reason, and what to do instead."""
+    head, line = refusal(*OSCAR, *flag).split("\n")
+    assert head == "error: --kv-quant oscar does not go with:"
+    named, reason = line.strip().split(": ", 1)
+    assert named == " ".join(flag)
+    assert any(word in reason.replace(";", " ").split() for word in WHAT_TO_DO), reason
+    assert len(reason.split()) > 5, "a reason and what to do instead"
+
+
+def test_every_rule_has_a_case_and_a_message_of_its_own():
+    rules = [rule.message.split(":")[0].split()[0] for rule in FLAG_RULES]
+    assert sorted(rules) == sorted(flag[0] for flag in REFUSED_FLAGS)
+    assert len({rule.message for rule in FLAG_RULES}) == len(FLAG_RULES)
+
+
+def test_all_broken_rules_are_listed_at_once():
+    flags = [flag for flag in REFUSED_FLAGS if flag[0] in ("--page-size", "--enable-hisparse", "--kv-canary")]
+    lines = refusal(*OSCAR, *(word for flag in flags for word in flag)).split("\n")[1:]
+    assert [line.strip().split(":")[0] for line in lines] == [" ".join(flag) for flag in flags]
+
+
+def _namespace(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser.parse_args(["--model-path", "no-model", *arguments])
+
+
+@pytest.mark.parametrize("flag", ACCEPTED_FLAGS, ids=" ".join)
+def test_accepted_flag(flag):
+    refuse_flags(_namespace(*OSCAR, *flag))
+
+
+@pytest.mark.parametrize("flag", REFUSED_FLAGS, ids=" ".join)
+def test_without_oscar_no_rule_is_consulted(flag, monkeypatch):
+    def never(args):
+        raise AssertionError("the rules belong to --kv-quant oscar")
+
+    monkeypatch.setattr("oscar_radix.patches.flags.refuse_flags", never)
+    monkeypatch.setattr(ServerArgs, "__post_init__", lambda self: None)
+    parse(*CPU, *flag)
+
+
+# Our own flags -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--oscar-recent-tokens", "100"], "--oscar-recent-tokens 100 must be a multiple of the page size 32"),
+        (["--oscar-recent-tokens", "0"], "--oscar-recent-tokens 0 must be a multiple of the page size 32 and at least 32"),
+        (["--oscar-hot-fraction", "0"], "--oscar-hot-fraction 0.0 must be above 0 and at most 0.9"),
+        (["--oscar-hot-fraction", "0.95"], "--oscar-hot-fraction 0.95 must be above 0 and at most 0.9"),
+    ],
+)
+def test_wrong_value(flag, message):
+    assert message in refusal(*OSCAR, *flag)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (["--kv-quant", "int3"], "invalid choice: 'int3'"),
+        (["--oscar-recipe", "gptq"], "invalid choice: 'gptq'"),
+        (["--oscar-policy", "magic"], "invalid choice: 'magic'"),
+        (["--oscar-recent-tokens", "many"], "invalid int value: 'many'"),
+        (["--oscar-hot-fraction", "half"], "invalid float value: 'half'"),
+    ],
+)
+def test_value_that_argparse_refuses(flag, message, capsys):
+    refusal(*OSCAR, *flag)
+    error = capsys.readouterr().err
+    assert message in error
+    assert flag[0] in error
+
+
+def test_help_documents_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    section = text[text.index("oscar_radix: a radix prefix cache") :]
+    for flag in ("kv-quant", "oscar-recipe", "oscar-calibration", "oscar-policy", "oscar-recent-tokens", "oscar-hot-fraction"):
+        assert f"--{flag} " in section
+    for default in (DEFAULT_RECIPE, "window", "256", "0.12"):
+        assert f"Default: {default}." in section
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_recipe_can_be_chosen(recipe):
+    assert _namespace(*OSCAR, "--oscar-recipe", recipe).oscar_recipe == recipe
+
+
+def test_flags_become_the_configuration(model_folder):
+    flags = ["--oscar-recipe", "mulm", "--oscar-policy", "none", "--oscar-recent-tokens", "128", "--oscar-hot-fraction", "0.2"]
+    server_args = parse(*OSCAR, *flags, "--oscar-calibration", "some-file", model=model_folder)
+    expected = OscarConfig(recipe="mulm", calibration="some-file", policy="none", recent_tokens=128, hot_fraction=0.2)
+    assert config_of(server_args) == expected
+    assert server_args.page_size == 32
+    assert server_args.radix_cache_backend == "oscar"
+
+
+# Device --------------------------------------------------------------------------------------------------------------
+
+
+def test_other_devices_are_refused():
+    assert "cannot serve on device 'xpu'" in refusal("--kv-quant", "oscar", "--device", "xpu")
+
+
+def test_cuda_needs_a_recipe_with_kernels():
+    with pytest.raises(Refused, match=r"--oscar-recipe oscar has no GPU kernels.*use one of tck, mulm"):
+        refuse_device("cuda", "oscar")
+    refuse_device("cuda", DEFAULT_RECIPE)
+    refuse_device("cpu", "oscar")
+
+
+# --kv-quant none -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--kv-quant", "none"], ["--kv-quant", "none", "--oscar-policy", "random"]], ids=str)
+def test_none_leaves_server_args_as_they_are(flags, model_folder):
+    """Field by field, against SGLang's own functions under our hooks."""
+    common = ["--model-path", model_folder, *CPU, "--attention-backend", "torch_native", "--random-seed", "1"]
+    parser = argparse.ArgumentParser(prog="sglang serve")
+    inspect.unwrap(ServerArgs.add_cli_args)(parser)
+    stock = inspect.unwrap(ServerArgs.from_cli_args.__func__)(ServerArgs, parser.parse_args(common))
+    ours = prepare_server_args([*common, *flags])
+    for field in dataclasses.fields(ServerArgs):
+        assert getattr(ours, field.name) == getattr(stock, field.name), field.name
+    assert vars(ours).keys() == vars(stock).keys(), "no attribute more"
+    assert config_of(ours) is None
+
+
+# Fail closed ---------------------------------------------------------------------------------------------------------
+
+
+def test_oscar_does_not_start_on_an_sglang_that_does_not_fit(monkeypatch, capsys):
+    signature = targets.HOOKED[targets.BUILD_KV_POOL]
+    renamed = targets.BUILD_KV_POOL + "_renamed"
+    monkeypatch.delitem(targets.HOOKED, targets.BUILD_KV_POOL)
+    monkeypatch.setitem(targets.HOOKED, renamed, signature)
+    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {targets.SCHEDULER_INIT})
+    assert refusal(*OSCAR) == "2"
+    error = capsys.readouterr().err
+    assert "--kv-quant oscar cannot start on this SGLang:" in error
+    assert f"{renamed} does not exist" in error
+    assert f"hook on {renamed} is not applied" in error
+    assert f"hook on {targets.SCHEDULER_INIT} is not applied" in error
+
+
+def test_the_scheduler_checks_again(monkeypatch):
+    """The scheduler runs in a process of its own, with hooks of its own."""
+    from oscar_radix.patches.scheduler import scheduler_init
+
+    def never(*args, **kwargs):
+        raise AssertionError("the scheduler must not start")
+
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    server_args = SimpleNamespace(_oscar_config=OscarConfig(recipe=DEFAULT_RECIPE))
+    with pytest.raises(RuntimeError, match="cannot start on this SGLang") as error:
+        scheduler_init(never, None, server_args)
+    for target in targets.HOOKED:
+        assert f"hook on {target} is not applied" in str(error.value)
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def configurator(**changes: object) -> SimpleNamespace:
+    """The attributes of SGLang's KVCacheConfigurator that `refuse_model` reads, of a Llama; `changes` go where they belong."""
+    model = {"is_encoder_decoder": False, "is_generation": True, "head_dim": 128, "v_head_dim": 128}
+    cache = {"use_mla_backend": False, "is_hybrid_swa": False, "mambaish_config": None}
+    for name, value in changes.items():
+        (model if name in model else cache)[name] = value
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["SomeForCausalLM"]), **model)
+    return SimpleNamespace(model_config=config, **cache)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_plain_models_are_served(head_dim):
+    refuse_model(configurator(head_dim=head_dim, v_head_dim=head_dim))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_mla_backend": True}, "multi-head latent attention"),
+        ({"is_hybrid_swa": True}, "sliding-window layers"),
+        ({"mambaish_config": object()}, "state-space layers"),
+        ({"is_encoder_decoder": True}, "cross-attention"),
+        ({"is_generation": False}, "embeddings"),
+        ({"head_dim": 80, "v_head_dim": 80}, "head dims 80 (K) and 80 (V); supported are equal ones of (64, 128, 256)"),
+        ({"head_dim": 128, "v_head_dim": 64}, "head dims 128 (K) and 64 (V)"),
+    ],
+)
+def test_refused_model(changes, reason):
+    with pytest.raises(Refused) as error:
+        refuse_model(configurator(**changes))
+    message = str(error.value)
+    assert message.startswith("--kv-quant oscar: SomeForCausalLM ")
+    assert reason in message
+    assert message.endswith("serve it without --kv-quant")
+
+
+def model_with(**changes: object) -> torch.nn.Module:
+    layer = RadixAttention(num_heads=2, head_dim=64, scaling=0.125, num_kv_heads=1, layer_id=0, **changes)
+    return torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"attn": layer})})
+
+
+def test_plain_layers_are_served():
+    _refuse_layers(model_with())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"logit_cap": 30.0}, "block.attn caps its attention scores at 30.0"),
+        ({"sliding_window_size": 512}, "block.attn has a sliding window of 512"),
+        ({"is_cross_attention": True}, "block.attn is not causal self-attention"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "block.attn is not causal self-attention"),
+    ],
+)
+def test_refused_layer(changes, reason):
+    with pytest.raises(Refused) as error:
+        _refuse_layers(model_with(**changes))
+    assert reason in str(error.value)
+    assert str(error.value).endswith("serve it without --kv-quant")
