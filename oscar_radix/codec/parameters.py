@@ -16,8 +16,9 @@ def placeholder(recipe: Recipe, geometry: Geometry, device: torch.device | str) 
 
 def parameter_bytes(recipe: Recipe, geometry: Geometry) -> int:
     """Bytes of all parameter tensors that `recipe` will hold for `geometry`; they do not depend on the calibration's values."""
-    one_layer = replace(geometry, layers=1)
-    return placeholder(recipe, one_layer, "cpu").parameter_bytes * geometry.layers
+    # Not one layer's bytes times the layers: some parameters are shared by all layers.
+    one, two = (placeholder(recipe, replace(geometry, layers=layers), "cpu").parameter_bytes for layers in (1, 2))
+    return one + (geometry.layers - 1) * (two - one)
 
 
 def _white(geometry: Geometry) -> Moments:
