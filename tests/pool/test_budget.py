@@ -1,0 +1,113 @@
+"""The budget is split to the byte, and what does not fit is said with both numbers."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oscar_radix.budget import LARGEST_HOT_SHARE, PoolSizes, split_budget
+from oscar_radix.codec import DEFAULT_RECIPE, RECIPES, get_recipe
+from oscar_radix.codec.parameters import parameter_bytes
+from oscar_radix.config import OscarConfig
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.policy import WindowPolicy
+from oscar_radix.pool.base_records import BaseRecords
+from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.pages import PageTable
+from oscar_radix.pool.store import KVStore
+from tests.helpers import make_codec
+
+SMALL = Geometry(layers=2, kv_heads=3, query_heads=6, head_dim=64)
+MIB = 2**20
+
+
+def split(budget: int, geometry: Geometry = SMALL, recipe: str = DEFAULT_RECIPE, hot_fraction: float = 0.12, **load: int) -> PoolSizes:
+    chosen = get_recipe(recipe)
+    load = {"running_requests": None, "prefill_tokens": None, **load}
+    return split_budget(budget, geometry, chosen.layout(geometry.head_dim), hot_fraction, parameter_bytes(chosen, geometry), **load)
+
+
+def store_of(sizes: PoolSizes, geometry: Geometry, recipe: str) -> KVStore:
+    store = KVStore(geometry, get_recipe(recipe).layout(geometry.head_dim), sizes.pages, sizes.hot_blocks, WindowPolicy(), 64, "cpu")
+    store.codec = make_codec(recipe, geometry)
+    return store
+
+
+@settings(max_examples=40, deadline=None)
+@given(budget=st.integers(2 * MIB, 12 * MIB), recipe=st.sampled_from(list(RECIPES)), hot_fraction=st.floats(0.05, 0.5))
+def test_allocated_bytes_fit_and_leave_less_than_a_page(budget, recipe, hot_fraction):
+    """Counted from the tensors of a real store: records, hot pool, tables and codec parameters."""
+    sizes = split(budget, recipe=recipe, hot_fraction=hot_fraction)
+    store = store_of(sizes, SMALL, recipe)
+    held = store.allocated_bytes
+    layout = get_recipe(recipe).layout(SMALL.head_dim)
+    page = BaseRecords.page_bytes(SMALL, layout) + HotPool.table_bytes_per_page(SMALL) + PageTable.bytes_per_page()
+    used = (sizes.pages + 1) * page + sizes.hot_blocks * HotPool.block_bytes(SMALL) + parameter_bytes(get_recipe(recipe), SMALL)
+    assert sum(held.values()) == used
+    assert used <= budget < used + page
+    assert held["hot_pool"] == sizes.hot_blocks * HotPool.block_bytes(SMALL)
+    assert held["codes"] + held["scales"] == (sizes.pages + 1) * BaseRecords.page_bytes(SMALL, layout)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_parameter_bytes_are_known_before_calibration(recipe):
+    assert parameter_bytes(get_recipe(recipe), SMALL) == make_codec(recipe, SMALL).parameter_bytes
+
+
+def test_the_hot_pool_takes_its_share():
+    sizes = split(64 * MIB, hot_fraction=0.25)
+    assert sizes.hot_blocks == int(64 * MIB * 0.25) // HotPool.block_bytes(SMALL)
+
+
+def test_the_hot_pool_holds_a_fresh_page_of_each_request_and_a_chunk():
+    sizes = split(4 * MIB, hot_fraction=0.01, running_requests=5, prefill_tokens=100)
+    assert sizes.hot_pages == 5 + 4
+    assert sizes.hot_blocks == 9 * PAGE_BLOCKS
+
+
+def test_bf16_figures():
+    sizes = split(8 * MIB)
+    assert sizes.bf16_bytes_per_token == 2 * 3 * 64 * 2 * 2
+    assert sizes.bf16_tokens == 8 * MIB // sizes.bf16_bytes_per_token
+    assert sizes.tokens == sizes.pages * PAGE_TOKENS
+    assert sizes.capacity_ratio == pytest.approx(sizes.tokens / sizes.bf16_tokens, rel=1e-3)
+
+
+# Capacity at default settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("geometry", "least"),
+    [
+        pytest.param(Geometry(layers=30, kv_heads=3, query_heads=9, head_dim=64), 5.5, id="head dim 64: SmolLM2-135M"),
+        pytest.param(Geometry(layers=32, kv_heads=8, query_heads=32, head_dim=128), 6.0, id="head dim 128: Llama-3.1-8B"),
+        pytest.param(Geometry(layers=36, kv_heads=8, query_heads=32, head_dim=128), 6.0, id="head dim 128: Qwen3-8B"),
+    ],
+)
+def test_capacity_ratio(geometry, least):
+    """At 40 GiB, with SGLang's usual chunk; hot pool, tables and parameters counted."""
+    config = OscarConfig(recipe=DEFAULT_RECIPE)
+    sizes = split(40 * 2**30, geometry, config.recipe, config.hot_fraction, prefill_tokens=8192)
+    assert sizes.capacity_ratio >= least
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_load_that_does_not_fit_names_what_is_asked_and_what_is_possible():
+    with pytest.raises(ValueError, match=r"--max-running-requests or --chunked-prefill-size") as error:
+        split(2 * MIB, running_requests=60, prefill_tokens=2048)
+    possible, requests, chunk, wanted = map(int, re.findall(r"(?<![\d.])\d+(?![\d.])", str(error.value)))
+    assert (requests, chunk, wanted) == (60, 2048, 60 + 64)
+    assert possible == int(LARGEST_HOT_SHARE * 2 * MIB) // (PAGE_BLOCKS * HotPool.block_bytes(SMALL))
+    assert "2.0 MiB" in str(error.value)
+    split(2 * MIB, running_requests=possible)
+
+
+def test_a_budget_without_room_for_a_page_names_what_uses_it_up():
+    geometry = Geometry(layers=32, kv_heads=8, query_heads=32, head_dim=128)
+    with pytest.raises(ValueError, match=r"one page takes \d\.\d{3} MiB: raise --mem-fraction-static or --max-total-tokens") as error:
+        split(24 * MIB, geometry)
+    assert "the KV budget of 24.0 MiB is used up by the hot pool (" in str(error.value)
+    assert "and the codec's parameters (" in str(error.value)
