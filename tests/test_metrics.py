@@ -1,0 +1,87 @@
+"""What an operator sees agrees with the store, and is plain JSON."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from oscar_radix.attention.backend import TorchAttention
+from oscar_radix.attention.plan import plan_forward
+from oscar_radix.budget import PoolSizes
+from oscar_radix.config import OscarConfig
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.metrics import MIB, Metrics
+from oscar_radix.sequence import Sequence
+from tests.helpers import GEOMETRY, make_store, random_qkv, take_pages
+
+PAGES, HOT_PAGES = 20, 6
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """A store that has prefilled 200 tokens, one of them with a NaN key, and decoded one."""
+    store = make_store(PAGES, HOT_PAGES, policy="none")
+    pages = take_pages(store, 7)
+    attention = TorchAttention(store)
+    generator = torch.Generator().manual_seed(0)
+    for start, end, decode in ((0, 200, False), (200, 201, True)):
+        plan = plan_forward(store, [Sequence(pages, start, end, decode)])
+        for layer in range(GEOMETRY.layers):
+            q, k, v = random_qkv(GEOMETRY, end - start, generator)
+            if layer == 0 and not decode:
+                k[3, 1, 7] = float("nan")
+            attention.run(layer, q, k, v, plan, 0.125)
+    budget = sum(store.allocated_bytes.values())
+    sizes = PoolSizes(budget, GEOMETRY.kv_elements_per_token * 2, PAGES, store.hot.capacity)
+    return Metrics(OscarConfig(recipe="tck", policy="none"), sizes, store, "made in a test")
+
+
+def test_report_is_plain_json(metrics):
+    report = metrics.report()
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_report_agrees_with_the_store(metrics):
+    report, store = metrics.report(), metrics.store
+    assert (report["recipe"], report["policy"], report["calibration"]) == ("tck", "none", "made in a test")
+    assert report["levels"] == store.usage_by_level()
+    assert report["allocated_bytes"] == store.allocated_bytes
+    assert report["effective_bits"] == store.effective_bits
+    assert report["max_total_num_tokens"] == PAGES * PAGE_TOKENS
+    assert report["bytes_per_token"] == sum(store.allocated_bytes.values()) / (PAGES * PAGE_TOKENS)
+    assert report["kv_budget_bytes"] == sum(store.allocated_bytes.values())
+    assert report["hot_blocks"] == {"capacity": HOT_PAGES * 16, "free": store.hot.free_blocks}
+    assert report["forwards"] == 2
+    assert report["rows_with_nan_or_inf"] == 1
+
+
+def test_report_counts_add_up(metrics):
+    report = metrics.report()
+    assert sum(entry["tokens"] for entry in report["levels"].values()) == 7 * PAGE_TOKENS
+    assert report["levels"]["fresh"]["tokens"] == PAGE_TOKENS
+    assert report["demotions"] + report["pages_sealed_without_hot_rows"] > 0
+    bits = report["effective_bits"] / 8 * GEOMETRY.kv_elements_per_token
+    assert bits == pytest.approx(report["bytes_per_token"])
+
+
+def test_capacity_against_bf16(metrics):
+    report = metrics.report()
+    assert report["capacity_ratio"] == pytest.approx(16 / report["effective_bits"])
+
+
+def test_startup_lines_say_what_is_served(metrics):
+    first, second = metrics.startup_lines()
+    assert "recipe tck, policy none, recent window 256 tokens, calibration made in a test" in first
+    assert f"{PAGES * PAGE_TOKENS} tokens of KV" in second
+    assert f"{metrics.sizes.capacity_ratio:.2f} times the {metrics.sizes.bf16_tokens} of bf16" in second
+    assert f"{metrics.store.effective_bits:.2f} effective bits" in second
+
+
+def test_periodic_line_has_every_level(metrics):
+    line = metrics.periodic_line()
+    for level, entry in metrics.store.usage_by_level().items():
+        assert f"level {level}: {entry['tokens']} tokens {entry['bytes'] / MIB:.1f} MiB" in line
+    used = metrics.store.hot.capacity - metrics.store.hot.free_blocks
+    assert f"hot blocks {used} of {metrics.store.hot.capacity} used" in line
+    assert re.search(r"\d+ demotions, 1 rows with NaN or Inf$", line)
