@@ -40,7 +40,9 @@ class Passage:
     exact: Tensor
 
 
-def quantised_prefix(codec: Codec, layer: int, k: Tensor, v: Tensor, key_bits: bool = True, value_bits: bool = True) -> tuple[Tensor, Tensor]:
+def quantised_prefix(
+    codec: Codec, layer: int, k: Tensor, v: Tensor, key_bits: bool = True, value_bits: bool = True
+) -> tuple[Tensor, Tensor]:
     """Keys and values [P, H, D] as a reader finds them, float32 in the basis: sinks and recent tokens int8, the rest 2-bit.
 
     With key_bits or value_bits off, K or V stays at int8 throughout: shows where the damage comes from.

@@ -51,7 +51,9 @@ def place(fours: int, threes: int, dim: int) -> tuple[Tensor, Tensor]:
         widths int64 [D], of the places.
     """
     if fours % CHANNEL_UNIT or threes % CHANNEL_UNIT or not 0 <= fours + threes <= dim // 2:
-        raise ValueError(f"{fours} channels of 4 bits and {threes} of 3 do not fit {dim} channels: even numbers, at most {dim // 2} together")
+        raise ValueError(
+            f"{fours} channels of 4 bits and {threes} of 3 do not fit {dim} channels: even numbers, at most {dim // 2} together"
+        )
     size = dim // PLANES
     kind = torch.full((size,), 2)
     kind[: fours // 2] = 4

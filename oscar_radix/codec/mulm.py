@@ -1,4 +1,4 @@
-"""`mulm`: OSCAR's rotations, with the means subtracted and the best uniform 4-level step for a Gaussian."""
+"""`mulm`: OSCAR's rotations, with the mean of K subtracted and uniform 4-level steps."""
 
 import torch
 
@@ -8,6 +8,7 @@ from oscar_radix.codec.layout import RecordLayout
 from oscar_radix.codec.moments import Moments
 from oscar_radix.codec.rotation import oscar_rotation
 from oscar_radix.codec.stepped import SteppedCodec
+from oscar_radix.codec.value_basis import value_basis
 
 
 class MulmRecipe(Recipe):
@@ -23,8 +24,7 @@ class MulmRecipe(Recipe):
             "key_basis": rotation,
             "query_basis": rotation.clone(),
             "key_mean": moments.key_mean.float(),
-            "value_mean": moments.value_mean.float(),
-            "value_rotation": oscar_rotation(moments.value_weighted_covariance).float(),
+            **value_basis(moments),
             "key_widths": torch.full(shape, 2, dtype=torch.uint8),
             "key_sigma": torch.ones(shape),
         }

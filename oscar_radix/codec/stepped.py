@@ -13,8 +13,8 @@ from oscar_radix.codec.packing import KeyPacking, pack_values, unpack_values_int
 class SteppedCodec(Codec):
     """K: widths and steps per (layer, KV head, channel); level = (operand - key_zero) * key_step * scale. V: 2 bits everywhere.
 
-    The K scale is the row's root mean square over its coded channels, each divided by its calibrated deviation; the V scale is
-    the row's step itself. Scales of a record: K, V.
+    The K scale is the row's root mean square over its coded channels, each divided by its calibrated deviation, times
+    `uniform.ROW_STRETCH`; the V scale is the row's step itself. Scales of a record: K, V.
     key_step, key_zero: float32 [L, H, D], of operands; key_masks: uint8 [L, H, 4, D/4] (`packing`). A kernel folds key_step into
     the query.
     """
@@ -41,10 +41,11 @@ class SteppedCodec(Codec):
         weights = uniform.energy_weights(sigma.square(), coded)
         self._energy_weights = self._keep("energy_weights", weights)
         share = (1.0 / sigma.square()).masked_fill(~coded, 0).amax(-1) / (uniform.ENERGY_WEIGHT_MAX * coded.sum(-1))
-        self._energy_unit = self._keep("energy_unit", share)
+        self._energy_unit = self._keep("energy_unit", share * uniform.ROW_STRETCH**2)
         head_dim = self.geometry.head_dim
         self._value_weights = self._keep("value_weights", torch.ones(head_dim, dtype=torch.float64))
-        self._value_unit = self._keep("value_unit", torch.tensor(uniform.GAUSSIAN_STEP[2] ** 2 / head_dim, dtype=torch.float64))
+        step = uniform.GAUSSIAN_STEP[2] * uniform.ROW_STRETCH
+        self._value_unit = self._keep("value_unit", torch.tensor(step**2 / head_dim, dtype=torch.float64))
         self._value_step = self._keep("value_step", torch.ones(head_dim))
         self._value_top = self._keep("value_top", torch.full((head_dim,), 3.0))
 
