@@ -8,7 +8,8 @@ from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.decode import decode, list_hot_pages, supports_records_kernel
-from oscar_radix.kernels.extend import BLOCK_TOKENS, extend
+from oscar_radix.kernels.extend import BLOCK_TOKENS, extend_prefix
+from oscar_radix.kernels.merge import merge_states
 from oscar_radix.kernels.seal import seal
 from oscar_radix.kernels.write import write_decode, write_rows
 from oscar_radix.pool.store import KVStore
@@ -41,10 +42,13 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class ExtendBatch:
-    """A prefill batch: `write` of its ForwardPlan, slots int64 [T], and what `extend` takes as sequences and blocks."""
+    """A prefill batch: `write` of its ForwardPlan, slots int64 [T], numbers of new tokens, whether any sequence has a prefix, and
+    what `extend_prefix` takes as sequences and blocks."""
 
     write: WritePlan
     slots: torch.Tensor
+    lengths: list[int]
+    has_prefix: bool
     sequences: tuple[torch.Tensor, ...]
     blocks: tuple[torch.Tensor, torch.Tensor]
 
@@ -133,21 +137,46 @@ class TritonAttention:
         parameters = codec.seal_parameters(layer)
         seal(plan.seal_pages, hot_rows, self._records(layer), parameters, hot.device_block_table)
         seal(plan.direct_pages, rows, self._records(layer), parameters, starts=plan.direct_tokens[:, 0].contiguous())
+        own, own_lse = self._own_chunk(layer, q, k, v, batch.lengths, softmax_scale)
+        if not batch.has_prefix:
+            return own
         query = codec.queries_to_basis(layer, q).contiguous()
-        out = torch.empty_like(query)
-        extend(
+        prefix, prefix_lse = torch.empty_like(query), torch.empty(query.shape[:2], dtype=torch.float32, device=q.device)
+        tables = (hot.device_block_table, hot.device_levels)
+        extend_prefix(
             query,
-            key,
-            value,
             self._layer_cache(layer),
-            (hot.device_block_table, hot.device_levels),
+            tables,
             codec.key_parameters(layer),
             batch.sequences,
             batch.blocks,
-            out,
+            prefix,
+            prefix_lse,
             softmax_scale,
         )
-        return codec.output_from_basis(layer, out).to(q.dtype)
+        out, _ = merge_states(codec.output_from_basis(layer, prefix), prefix_lse, own.float(), own_lse)
+        return out.to(q.dtype)
+
+    def _own_chunk(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], softmax_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Causal attention of each sequence's new tokens among themselves, unquantised: [T, Hq, D] in q's dtype, lse [T, Hq].
+
+        The scores of the cache are q (k - mu); here they are q k, so q mu is taken off the log-sum-exp.
+        """
+        codec, group = self.store.codec, self.store.geometry.group
+        k = torch.where(k.isfinite().all(-1, keepdim=True), k, codec.key_mean[layer].to(k.dtype))
+        v = torch.where(v.isfinite().all(-1, keepdim=True), v, codec.value_mean[layer].to(v.dtype))
+        key, value = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        outs, lses = [], []
+        for rows in zip(*(x.split(lengths) for x in (q, key, value)), strict=True):
+            by_head = (x.transpose(0, 1).unsqueeze(0) for x in rows)
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*by_head, 0.0, True, scale=softmax_scale)
+            outs.append(out[0].transpose(0, 1))
+            lses.append(lse[0].transpose(0, 1))
+        mean = codec.key_mean[layer].repeat_interleave(group, dim=0)
+        offset = (q.float() * mean).sum(dim=-1) * softmax_scale
+        return torch.cat(outs).contiguous(), torch.cat(lses) - offset
 
     def _codec(self) -> SteppedCodec:
         codec = self.store.codec
