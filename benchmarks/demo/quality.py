@@ -10,6 +10,7 @@ KL divergence (data-processing inequality), so the figure is a lower bound; the 
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,9 +49,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over positions; `cached_share` is the part of all prefix tokens that came out of the second server's cache."""
+    """Means and the median over positions; `cached_share` is the part of all prefix tokens that came out of the second server's cache."""
 
     mean_kl: float
+    median_kl: float
     top1_agreement: float
     positions: int
     covered_mass: float
@@ -105,7 +107,14 @@ def compare(server: SglangServer, references: Sequence[Reference], progress: Cal
         if number % 8 == 0:
             progress(f"  {server.name}: scored {number} of {len(references)} segments, KL so far {sum(divergences) / len(divergences):.4f}")
     count = len(divergences)
-    return Quality(sum(divergences) / count, agreements / count, count, sum(masses) / count, cached / prefixes)
+    return Quality(
+        mean_kl=sum(divergences) / count,
+        median_kl=statistics.median(divergences),
+        top1_agreement=agreements / count,
+        positions=count,
+        covered_mass=sum(masses) / count,
+        cached_share=cached / prefixes,
+    )
 
 
 def coarse_kl(log_p: Sequence[float], log_q: Sequence[float]) -> float:

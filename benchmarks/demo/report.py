@@ -72,7 +72,7 @@ def table(report: dict, quality: Quality, levels: dict) -> str:
     lines.append(f"capacity ratio {report['capacity_ratio']:.2f}")
     lines.append("tokens and bytes by level at the end: " + ", ".join(f"{k}: {v['tokens']} / {v['bytes']}" for k, v in levels.items()))
     lines.append(
-        f"next-token KL(bf16 || oscar) {quality.mean_kl:.4f} nats, same first choice {quality.top1_agreement:.1%}, "
+        f"next-token KL(bf16 || oscar) {quality.mean_kl:.4f} nats (median {quality.median_kl:.4f}), same first choice {quality.top1_agreement:.1%}, "
         f"{quality.positions} positions after a prefix hit"
     )
     lines.append(

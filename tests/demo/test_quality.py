@@ -60,6 +60,7 @@ def test_two_servers_are_compared_position_by_position():
     quality = compare(FakeServer([0.3, 0.6, 0.1], cached=32), expected, progress=print)
     assert quality.positions == 7 + 17
     assert quality.mean_kl == pytest.approx(0.6 * math.log(2) - 0.3 * math.log(2))
+    assert quality.median_kl == pytest.approx(quality.mean_kl)
     assert quality.top1_agreement == 0.0
     assert quality.covered_mass == pytest.approx(1.0)
     assert quality.cached_share == 1.0

@@ -14,7 +14,7 @@ KV_QUANT = {
     "levels": {"0": {"tokens": 50, "bytes": 700}, "32": {"tokens": 10, "bytes": 250}},
     "bytes_per_token": 3500.0,
 }
-QUALITY = Quality(mean_kl=0.05, top1_agreement=0.9, positions=1000, covered_mass=0.99, cached_share=0.97)
+QUALITY = Quality(mean_kl=0.05, median_kl=0.02, top1_agreement=0.9, positions=1000, covered_mass=0.99, cached_share=0.97)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_more_bytes_than_the_budget_is_an_error(result):
 
 def test_table_shows_both_servers_and_the_quality(result):
     text = report.table(result, QUALITY, KV_QUANT["levels"])
-    for part in ("bf16", "oscar", "capacity ratio 6.00", "2.40", "75.0%", "0.0500 nats", "90.0%", "99.00%", "32: 10 / 250"):
+    for part in ("bf16", "oscar", "capacity ratio 6.00", "2.40", "75.0%", "0.0500 nats (median 0.0200)", "90.0%", "99.00%", "32: 10 / 250"):
         assert part in text
 
 
