@@ -1,0 +1,52 @@
+"""Every Triton kernel compiles for sm_90 and sm_80, without a GPU, and stays within the registers that its occupancy needs."""
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from oscar_radix.kernels import decode, decode_records, extend, seal, write
+
+POINTERS = {
+    **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
+    **dict.fromkeys(("hot_k", "hot_v", "k8", "v8", "k8_ptr", "v8_ptr"), "*i8"),
+    **dict.fromkeys(("scales", "hot_scales", "row_scales", "scales_ptr"), "*fp16"),
+    **dict.fromkeys(("energy_weights", "energy_unit", "value_unit"), "*fp64"),
+    **dict.fromkeys(("req_rows", "seq_lens", "prefix_lens", "starts_ptr", "lengths_ptr", "slots_ptr", "pages_ptr"), "*i64"),
+    **dict.fromkeys(("row_masks", "table_ptr", "hot_mask_ptr", "req_to_token", "list_ptr", "count_ptr", "bad_ptr"), "*i32"),
+    **dict.fromkeys(("block_request", "block_first"), "*i32"),
+    **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "key_step", "key_zero", "partial_ptr", "rotation_ptr", "mean_ptr"), "*fp32"),
+    **dict.fromkeys(("lse_ptr", "key_mean", "key_basis", "query_basis", "value_mean", "value_rotation", "query_out"), "*fp32"),
+    **dict.fromkeys(("inverse_step", "top_ptr"), "*fp32"),
+}
+WRITE_INPUTS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16"}
+GQA = {"Hkv": 8, "G": 4, "D": 128}
+SMALL = {"Hkv": 3, "G": 3, "D": 64}
+
+CASES = {
+    "records": (decode_records.records_stage1, {"Hkv": 8, "G": 4}, {"num_warps": 1, "maxnreg": 128}, {}),
+    "records, 8 heads a group": (decode_records.records_stage1, {"Hkv": 4, "G": 8}, {"num_warps": 1, "maxnreg": 128}, {}),
+    "hot pages": (decode._stage1, {"HOT_LIST": True, "M": 16, **GQA}, {"num_warps": 2}, {}),
+    "general": (decode._stage1, {"HOT_LIST": False, "M": 16, **SMALL}, {"num_warps": 2}, {}),
+    "combine": (decode._combine, {"G": 4, "Hq": 32, "D": 128, "S": 512, "CHUNK": 32}, {"num_warps": 4}, {"out_ptr": "*bf16"}),
+    "list": (decode._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
+    "extend": (extend._extend_prefix, {"M": 64, **GQA}, {"num_warps": 4}, {}),
+    "write, decode": (write._decode_rows, GQA, {"num_warps": 4}, WRITE_INPUTS),
+    "write, prefill": (write._quantise_rows, {"Hkv": 8, "D": 128}, {"num_warps": 1}, {}),
+    "seal": (seal._seal, {"HOT": True, "DECODE": True, "Hkv": 8, "D": 128}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
+    "seal, from the chunk": (seal._seal, {"HOT": False, "DECODE": False, "Hkv": 3, "D": 64}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("capability", [90, 80])
+def test_compiles(name, capability):
+    kernel, constants, options, types = CASES[name]
+    scalars = {"softmax_scale": "fp32", "out_ptr": "*fp32"}
+    signature = {
+        argument: "constexpr" if argument in constants else {**scalars, **POINTERS, **types}.get(argument, "i32")
+        for argument in kernel.arg_names
+    }
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 100 * 1024
