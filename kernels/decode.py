@@ -7,21 +7,25 @@ import torch
 import triton
 import triton.language as tl
 
+from oscar_radix.kernels.decode_hot import hot_stage1
 from oscar_radix.kernels.decode_records import records_stage1
 from oscar_radix.kernels.pages import PAGE, attend_page, load_queries, store_planes
 
+HOT_LEVELS = tl.constexpr((32, 8, 4, 2))
+"""Levels in the order of the list of hot pages."""
 
-@triton.jit(do_not_specialize=["row_stride", "list_stride", "splits", "first_split", "total_splits"])
+
+@triton.jit(do_not_specialize=["row_stride", "splits"])
 def _stage1(
     query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, levels_ptr, key_step, key_zero, key_masks,
-    req_to_token, req_rows, seq_lens, list_ptr, count_ptr, out_ptr, lse_ptr, row_stride, list_stride, softmax_scale,
-    splits, first_split, total_splits, HOT_LIST: tl.constexpr, Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    req_to_token, req_rows, seq_lens, out_ptr, lse_ptr, row_stride, softmax_scale, splits,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     split = tl.program_id(1)
     request = tl.program_id(2)
     tokens = tl.load(seq_lens + request).to(tl.int32)
-    pages = tl.load(count_ptr + request) if HOT_LIST else (tokens + PAGE - 1) // PAGE
+    pages = (tokens + PAGE - 1) // PAGE
     first = split * pages // splits
     last = (split + 1) * pages // splits
     member = tl.arange(0, M)
@@ -39,20 +43,18 @@ def _stage1(
     a3 = tl.zeros([M, D // 4], tl.float32)
     token = tl.arange(0, PAGE)
     row = tl.load(req_rows + request).to(tl.int64) * row_stride
-    for item in range(first, last):
-        index = tl.load(list_ptr + request * list_stride + item) if HOT_LIST else item
+    for index in range(first, last):
         page = (tl.load(req_to_token + row + index * PAGE) // PAGE).to(tl.int64)
         level = tl.load(levels_ptr + page).to(tl.int32)
         valid = index * PAGE + token < tokens
         top, total, shift, a0, a1, a2, a3 = attend_page(
             page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_masks,
-            b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3, not HOT_LIST, Hkv, D,
+            b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3, Hkv, D,
         )  # fmt: skip
 
-    column = first_split + split
-    target = out_ptr + ((rows * total_splits + column) * D)[:, None]
+    target = out_ptr + ((rows * splits + split) * D)[:, None]
     store_planes(target, row_ok, a0, a1, a2, a3, total, shift, D)
-    tl.store(lse_ptr + rows * total_splits + column, top + tl.log2(total), mask=row_ok)
+    tl.store(lse_ptr + rows * splits + split, top + tl.log2(total), mask=row_ok)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -82,21 +84,23 @@ def _combine(
     tl.store(out_ptr + row * D + channel, out.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "list_stride"])
 def _list_hot_pages(req_to_token, req_rows, seq_lens, levels_ptr, list_ptr, count_ptr, row_stride, list_stride, CHUNK: tl.constexpr):
-    """Indices of a request's pages that hold hot rows, in order, and their number."""
+    """Indices of a request's pages that hold hot rows, those of one level together and in order, and their numbers."""
     request = tl.program_id(0)
     pages = (tl.load(seq_lens + request).to(tl.int32) + PAGE - 1) // PAGE
     row = tl.load(req_rows + request).to(tl.int64) * row_stride
-    count = 0
-    for start in range(0, pages, CHUNK):
-        index = start + tl.arange(0, CHUNK)
-        page = tl.load(req_to_token + row + index * PAGE, mask=index < pages, other=0) // PAGE
-        hot = ((tl.load(levels_ptr + page).to(tl.int32) > 0) & (index < pages)).to(tl.int32)
-        place = count + tl.cumsum(hot, 0) - 1
-        tl.store(list_ptr + request * list_stride + place, index, mask=hot > 0)
-        count += tl.sum(hot, 0)
-    tl.store(count_ptr + request, count)
+    listed = 0
+    for which in tl.static_range(4):
+        before = listed
+        for start in range(0, pages, CHUNK):
+            index = start + tl.arange(0, CHUNK)
+            page = tl.load(req_to_token + row + index * PAGE, mask=index < pages, other=0) // PAGE
+            wanted = (tl.load(levels_ptr + page).to(tl.int32) == HOT_LEVELS[which]) & (index < pages)
+            place = listed + tl.cumsum(wanted.to(tl.int32), 0) - 1
+            tl.store(list_ptr + request * list_stride + place, index, mask=wanted)
+            listed += tl.sum(wanted.to(tl.int32), 0)
+        tl.store(count_ptr + request * 4 + which, listed - before)
 
 
 def list_hot_pages(
@@ -107,7 +111,7 @@ def list_hot_pages(
     Args:
         sequences: req_to_token int32 [R, C], rows of it int [B], tokens int [B].
         levels: uint8 [P].
-        hot: page indices int32 [B, N] and their numbers int32 [B]; written.
+        hot: page indices int32 [B, N], those of levels 32, 8, 4, 2 one after the other, and their numbers int32 [B, 4]; written.
     """
     req_to_token, rows, lengths = sequences
     pages, counts = hot
@@ -116,8 +120,8 @@ def list_hot_pages(
     )
 
 
-def supports_records_kernel(head_dim: int, group: int) -> bool:
-    """Whether `records_stage1` can read the records; else the general stage 1 reads records and hot rows together."""
+def has_fast_kernels(head_dim: int, group: int) -> bool:
+    """Whether `records_stage1` and `hot_stage1` can read the cache; else the general stage 1 reads records and hot rows together."""
     return head_dim == 128 and group <= 8
 
 
@@ -146,7 +150,7 @@ def decode(
         sequences: req_to_token int32 [R, C], rows of it int [B], tokens int [B].
         hot: of `list_hot_pages`.
         workspace: partial outputs float32 [B, Hq, S, D], their log-sum-exp float32 [B, Hq, S]; S is the sum of `splits`.
-        splits: splits of the records and of the hot pages; (S, 0) where `supports_records_kernel` is False.
+        splits: splits of the records and of the hot pages; (S, 0) where `has_fast_kernels` is False.
         out: [B, Hq, D], any float dtype; written.
         softmax_scale: multiplies the scores.
     """
@@ -157,18 +161,22 @@ def decode(
     partial, lse = workspace
     record_splits, hot_splits = splits
     total = record_splits + hot_splits
-    k_codes, v_codes, scales, *_, row_masks = layer_cache
+    k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks = layer_cache
     if hot_splits:
         records_stage1[(kv_heads, record_splits, batch)](
             query, k_codes, v_codes, scales.view(torch.uint8), row_masks, *key_parameters, req_to_token, rows, lengths, partial, lse,
             req_to_token.stride(0), softmax_scale, record_splits, total, Hkv=kv_heads, G=group, num_warps=1, maxnreg=128,
         )  # fmt: skip
-    first, count = (record_splits, hot_splits) if hot_splits else (0, record_splits)
-    _stage1[(kv_heads, count, batch)](
-        query, *layer_cache, *tables, *key_parameters, req_to_token, rows, lengths, *hot, partial, lse, req_to_token.stride(0),
-        hot[0].stride(0), softmax_scale, count, first, total, HOT_LIST=hot_splits > 0, Hkv=kv_heads, G=group, D=dim,
-        M=max(16, triton.next_power_of_2(group)), num_warps=2 if dim <= 128 else 4,
-    )  # fmt: skip
+        hot_stage1[(kv_heads, hot_splits, batch)](
+            query, hot_k, hot_v, hot_scales, tables[0], req_to_token, rows, lengths, *hot, partial, lse, req_to_token.stride(0),
+            hot[0].stride(0), softmax_scale, hot_splits, record_splits, total, Hkv=kv_heads, G=group, num_warps=1, maxnreg=128,
+        )  # fmt: skip
+    else:
+        _stage1[(kv_heads, record_splits, batch)](
+            query, *layer_cache, *tables, *key_parameters, req_to_token, rows, lengths, partial, lse, req_to_token.stride(0),
+            softmax_scale, record_splits, Hkv=kv_heads, G=group, D=dim, M=max(16, triton.next_power_of_2(group)),
+            num_warps=2 if dim <= 128 else 4,
+        )  # fmt: skip
     _combine[(batch * query_heads,)](
         partial, lse, *value_parameters, out, total, G=group, Hq=query_heads, D=dim, S=triton.next_power_of_2(total),
         CHUNK=min(32, triton.next_power_of_2(total)), num_warps=4,

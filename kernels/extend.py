@@ -48,7 +48,7 @@ def _extend_prefix(
         valid = index * PAGE + token < prefix
         top, total, shift, a0, a1, a2, a3 = attend_page(
             page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_masks,
-            b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3, True, Hkv, D,
+            b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3, Hkv, D,
         )  # fmt: skip
 
     store_planes(out_ptr + (rows * D)[:, None], row_ok, a0, a1, a2, a3, total, shift, D)

@@ -102,9 +102,9 @@ def load_queries(query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scal
 def attend_page(
     page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_masks,
     b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3,
-    RECORDS: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
+    Hkv: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Add one page to the running softmax of M query rows: its record without the hot rows (if RECORDS), then its hot rows.
+    """Add one page to the running softmax of M query rows: its record without the hot rows, then its hot rows.
 
     Args:
         page, level: page number (int64) and its level.
@@ -115,7 +115,7 @@ def attend_page(
     channel = tl.arange(0, Q)
     token = tl.arange(0, PAGE)
     head_channels = head * D
-    if RECORDS and level < PAGE:
+    if level < PAGE:
         record = (page * Hkv + head) * PAGE + token
         codes = tl.load(k_codes + record[:, None] * Q + channel[None, :])
         k_scale = tl.load(scales + record * 2).to(tl.float32)

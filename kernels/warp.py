@@ -109,3 +109,42 @@ def mma_fp16(a, b0, b1, c):
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def load4(pointer):
+    """Four 32-bit words of read-only data, 16-byte aligned."""
+    return tl.inline_asm_elementwise(
+        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
+        "=r,=r,=r,=r,l", [pointer], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def interleave_low(a, b):
+    """Bytes (a0, b0, a1, b1) in one word."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5140;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def interleave_high(a, b):
+    """Bytes (a2, b2, a3, b3) in one word."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7362;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def low_bytes_to_half2(word):
+    """Bytes 0 and 1 of a word, offset by 128, as an fp16 pair: 0x6400 | b is 1024 + b, of which 1152 is taken off; exact."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 x; prmt.b32 x, $1, 0x64646464, 0x4140; sub.rn.f16x2 $0, x, $2; }",
+        "=r,r,r", [word, tl.full([32], 0x64806480, tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def high_bytes_to_half2(word):
+    """Bytes 2 and 3 of a word, offset by 128, as an fp16 pair."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 x; prmt.b32 x, $1, 0x64646464, 0x4342; sub.rn.f16x2 $0, x, $2; }",
+        "=r,r,r", [word, tl.full([32], 0x64806480, tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip

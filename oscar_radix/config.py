@@ -21,7 +21,7 @@ class OscarConfig:
 
     recipe: str
     calibration: str | None = None
-    policy: str = "window"
+    policy: str = "none"
     recent_tokens: int = 256
     hot_fraction: float = 0.12
     log_interval: int = 200

@@ -59,9 +59,9 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-policy",
         choices=list(POLICIES),
-        default="window",
-        help="What becomes of int8 rows outside the recent windows: 'window' keeps whole pages until the pool needs their bytes, "
-        "'none' drops them at once, 'random' keeps 2 random rows a page. Default: window.",
+        default="none",
+        help="What becomes of int8 rows outside the recent windows: 'none' drops them at once, 'window' keeps whole pages until the pool "
+        "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page. Default: none.",
     )
     group.add_argument(
         "--oscar-recent-tokens",

@@ -35,7 +35,8 @@ class OscarRadixCache(RadixCache):
         """Longest cached prefix that a reader can continue from.
 
         A reader continues with the tokens before the end of the match as its recent window. Where they are no longer hot,
-        the match is shortened, by the recent window at most, and the reader computes that part again.
+        the match is shortened, by the recent window at most, and the reader computes that part again; when it enters the tree as a
+        duplicate, its hot rows stay with the tree's pages, so that the next reader finds them.
         """
         result = super().match_prefix(params)
         if self._inserting_for is not None:
@@ -44,6 +45,7 @@ class OscarRadixCache(RadixCache):
         kept = self._continuable(pages)
         if kept == len(pages):
             return result
+        self.store.want_continuation(pages[-self.recent_pages :])
         key = params.key.page_aligned(self.page_size)[: kept * PAGE_TOKENS]
         if kept == 0:
             return self._empty_match_result
@@ -91,7 +93,21 @@ class OscarRadixCache(RadixCache):
         if is_insert and not self.disable_finished_insert:
             tokens = (req.origin_input_ids + req.output_ids)[:kv_len_to_handle]
             leaf = super().match_prefix(MatchPrefixParams(key=RadixKey(tokens, req.extra_key)))
-            self.store.mark_continuation(_pages(leaf.device_indices)[-self.recent_pages :])
+            self._mark_continuation_points(leaf.last_device_node)
+
+    def _mark_continuation_points(self, node: Any) -> None:
+        """Readers continue where this sequence ends and where its path branches, and nowhere else on it."""
+        path = []
+        while node is not self.root_node:
+            path.append(node)
+            node = node.parent
+        pages, ends, count = [np.zeros(0, dtype=np.int64)], [], 0
+        for node in reversed(path):
+            pages.append(_pages(node.value))
+            count += len(pages[-1])
+            if len(node.children) != 1:
+                ends.append(count)
+        self.store.set_continuation_points(np.concatenate(pages), ends, self.recent_pages)
 
     # Checks ----------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.kernels.decode import decode, list_hot_pages, supports_records_kernel
+from oscar_radix.kernels.decode import decode, has_fast_kernels, list_hot_pages
 from oscar_radix.kernels.extend import BLOCK_TOKENS, extend_prefix
 from oscar_radix.kernels.merge import merge_states
 from oscar_radix.kernels.seal import seal
@@ -20,8 +20,10 @@ RECORD_PROGRAMS = 16
 GENERAL_PROGRAMS = 4
 """Programs a multiprocessor of the general stage 1."""
 
-HOT_SPLITS = 4
-"""Splits of each sequence's hot pages."""
+HOT_PROGRAMS = 4
+"""Programs a multiprocessor over hot rows, of which there are few."""
+
+LARGEST_HOT_SPLIT = 16
 
 LARGEST_SPLIT = 256
 """Upper limit of the splits of one sequence, so that the combine reads them in one tile."""
@@ -68,7 +70,7 @@ class TritonAttention:
         self.store = store
         device = store.device
         geometry = store.geometry
-        self._fast = supports_records_kernel(geometry.head_dim, geometry.group)
+        self._fast = has_fast_kernels(geometry.head_dim, geometry.group)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._programs = (RECORD_PROGRAMS if self._fast else GENERAL_PROGRAMS) * multiprocessors
         rows = max(count * sum(self.splits(count)) for count in range(1, max_requests + 1))
@@ -76,12 +78,13 @@ class TritonAttention:
         self._lse = torch.empty(rows * geometry.query_heads, dtype=torch.float32, device=device)
         largest = min(-(-max_tokens // PAGE_TOKENS), store.hot.capacity)
         self._hot_pages = torch.zeros(max_requests, largest, dtype=torch.int32, device=device)
-        self._hot_counts = torch.zeros(max_requests, dtype=torch.int32, device=device)
+        self._hot_counts = torch.zeros(max_requests, 4, dtype=torch.int32, device=device)
 
     def splits(self, batch: int) -> tuple[int, int]:
         """Splits of each sequence's records and of its hot pages; the records' fill the GPU once."""
         records = max(1, min(LARGEST_SPLIT, self._programs // (batch * self.store.geometry.kv_heads)))
-        return records, HOT_SPLITS if self._fast else 0
+        hot = max(2, min(LARGEST_HOT_SPLIT, records * HOT_PROGRAMS // RECORD_PROGRAMS)) if self._fast else 0
+        return records, hot
 
     def prepare_decode(self, batch: "DecodeBatch") -> None:
         """Once a step, before the layers: which pages of each request hold hot rows."""

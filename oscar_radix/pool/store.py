@@ -101,11 +101,24 @@ class KVStore:
             self.table.last_use[original] = self.table.last_use[duplicate]
         return int(wanted.sum())
 
-    def mark_continuation(self, pages: np.ndarray) -> None:
-        """The end of these pages is where a later reader continues: they stay hot as long as the pool allows."""
-        hot = pages[self.hot.levels[pages] == PAGE_TOKENS]
-        self.table.continuation[hot] = True
-        self.table.last_use[hot] = self.residency.now
+    def set_continuation_points(self, pages: np.ndarray, ends: list[int], recent_pages: int) -> None:
+        """Later readers continue at `ends` of a sequence, and nowhere else in it: the pages before them stay hot as long as the pool allows.
+
+        Args:
+            pages: int64 [N], the sequence's full pages in order.
+            ends: numbers of pages, the last one the sequence's end.
+            recent_pages: pages of a recent window.
+        """
+        wanted = np.zeros(len(pages), dtype=bool)
+        for end in ends:
+            wanted[max(0, end - recent_pages) : end] = True
+        self.table.continuation[pages] = wanted & (self.is_whole(pages) | self.table.continuation[pages])
+        window = pages[-recent_pages:]
+        self.table.last_use[window[self.is_whole(window)]] = self.residency.now
+
+    def want_continuation(self, pages: np.ndarray) -> None:
+        """A reader would have continued after these pages, were they hot: once they are again, they stay."""
+        self.table.continuation[pages] = True
 
     def end_prefill(self, pages: np.ndarray) -> None:
         """The prompt on these pages is prefilled, or given up."""

@@ -5,7 +5,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from oscar_radix.kernels import decode, decode_records, extend, seal, write
+from oscar_radix.kernels import decode, decode_hot, decode_records, extend, seal, write
 
 POINTERS = {
     **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
@@ -19,6 +19,7 @@ POINTERS = {
     **dict.fromkeys(("lse_ptr", "key_mean", "key_basis", "query_basis", "value_mean", "value_rotation", "query_out"), "*fp32"),
     **dict.fromkeys(("inverse_step", "top_ptr"), "*fp32"),
 }
+HOT_INPUTS = {"k_ptr": "*i8", "v_ptr": "*i8", "s_ptr": "*fp16"}
 WRITE_INPUTS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16"}
 GQA = {"Hkv": 8, "G": 4, "D": 128}
 SMALL = {"Hkv": 3, "G": 3, "D": 64}
@@ -26,15 +27,15 @@ SMALL = {"Hkv": 3, "G": 3, "D": 64}
 CASES = {
     "records": (decode_records.records_stage1, {"Hkv": 8, "G": 4}, {"num_warps": 1, "maxnreg": 128}, {}),
     "records, 8 heads a group": (decode_records.records_stage1, {"Hkv": 4, "G": 8}, {"num_warps": 1, "maxnreg": 128}, {}),
-    "hot pages": (decode._stage1, {"HOT_LIST": True, "M": 16, **GQA}, {"num_warps": 2}, {}),
-    "general": (decode._stage1, {"HOT_LIST": False, "M": 16, **SMALL}, {"num_warps": 2}, {}),
+    "hot rows": (decode_hot.hot_stage1, {"Hkv": 8, "G": 4}, {"num_warps": 1, "maxnreg": 128}, HOT_INPUTS),
+    "general": (decode._stage1, {"M": 16, **SMALL}, {"num_warps": 2}, {}),
     "combine": (decode._combine, {"G": 4, "Hq": 32, "D": 128, "S": 512, "CHUNK": 32}, {"num_warps": 4}, {"out_ptr": "*bf16"}),
     "list": (decode._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
     "extend": (extend._extend_prefix, {"M": 64, **GQA}, {"num_warps": 4}, {}),
     "write, decode": (write._decode_rows, GQA, {"num_warps": 4}, WRITE_INPUTS),
     "write, prefill": (write._quantise_rows, {"Hkv": 8, "D": 128}, {"num_warps": 1}, {}),
     "seal": (seal._seal, {"HOT": True, "DECODE": True, "Hkv": 8, "D": 128}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
-    "seal, from the chunk": (seal._seal, {"HOT": False, "DECODE": False, "Hkv": 3, "D": 64}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
+    "seal, chunk": (seal._seal, {"HOT": False, "DECODE": False, "Hkv": 3, "D": 64}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
 }
 
 

@@ -148,7 +148,7 @@ def finished(driver: Driver, tokens: int = 256) -> Conversation:
     a = driver.sequence(tokens)
     driver.forward((a, tokens))
     driver.store.end_prefill(a.pages)
-    driver.store.mark_continuation(a.pages[-2:])
+    driver.store.set_continuation_points(a.pages, [len(a.pages)], 2)
     driver.store.table.window[a.pages] = False
     return a
 

@@ -113,11 +113,23 @@ def test_only_whole_sealed_pages_are_adopted(store, duplicate):
     assert store.adopt_hot_rows(np.array([duplicate]), np.array([1])) == 0
 
 
-def test_continuation_marks_only_hot_pages(store):
+def test_continuation_points_are_hot_pages(store):
     store.residency.now = 9
-    store.mark_continuation(np.array([4, 5, 6]))
+    store.set_continuation_points(np.array([4, 5, 6]), [3], 3)
     assert np.flatnonzero(store.table.continuation).tolist() == [5, 6]
     assert store.table.last_use[[4, 5, 6]].tolist() == [0, 9, 9]
+
+
+def test_other_places_of_a_sequence_are_no_continuation_points_any_more(store):
+    store.table.continuation[[4, 5, 6]] = True
+    store.set_continuation_points(np.array([5, 6, 4]), [2], 1)
+    assert np.flatnonzero(store.table.continuation).tolist() == [6]
+
+
+def test_a_wanted_continuation_is_kept_until_it_is_hot(store):
+    store.want_continuation(np.array([4]))
+    store.set_continuation_points(np.array([4, 5]), [1, 2], 1)
+    assert np.flatnonzero(store.table.continuation).tolist() == [4, 5]
 
 
 # Integrity -----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from tests.serving.client import cached, log_text, piece, settled, together
-from tests.serving.workload import ANSWER, FIRST, converse
+from tests.serving.client import WINDOW, cached, log_text, piece, settled, together
+from tests.serving.workload import ANSWER, CONCURRENT, FIRST, converse
 
 MEAN_TOLERANCE, WORST_TOLERANCE = 0.1, 1.5
 
@@ -13,8 +13,9 @@ def test_cache_on_answers_like_cache_off(cache_off, ours, logs):
     cache_on = converse(ours, logs)
     assert all(turn.cached_tokens == 0 for turns in cache_off for turn in turns)
     hits = [turns[1].cached_tokens for turns in cache_on]
-    assert max(hits) == FIRST  # the answer's 31 computed tokens are not a page
-    assert min(hits) < FIRST - 256, f"no conversation lost pages to eviction: {hits}"
+    # The answer's 31 computed tokens are not a page. Four windows and four new ones are more than the hot pool has.
+    assert all(FIRST - WINDOW <= hit <= FIRST for hit in hits[CONCURRENT:]), hits
+    assert min(hits[:CONCURRENT]) < FIRST - WINDOW, f"no conversation lost pages to eviction: {hits}"
     for number in range(2):
         apart = np.abs(np.stack([on[number].log_p - off[number].log_p for on, off in zip(cache_on, cache_off, strict=True)]))
         assert apart.shape[1] == ANSWER
