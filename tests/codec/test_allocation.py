@@ -27,7 +27,8 @@ def test_equal_variances_get_equal_widths():
 
 def test_hand_worked_allocation():
     # Variances 16, 4, 1, .25 for 16 channels each, mse .0115 .0374 .1188 .3634 1 (4 to 0 bits). The candidates, per 16 channels:
-    # all 4/0: .185 + .046 + 1 + .25 = 1.481; 3/1: .599 + .150 + .363 + .091 = 1.203; 16 of 4, 16 of 3, 1, 0: .185 + .150 + .363 + .25 = .948.
+    # all 4/0: .185 + .046 + 1 + .25 = 1.481; 3/1: .599 + .150 + .363 + .091 = 1.203;
+    # 16 of 4, 16 of 3, 1, 0: .185 + .150 + .363 + .25 = .948.
     variances = torch.tensor([16.0, 4, 1, 0.25], dtype=torch.float64).repeat_interleave(16)
     assert best_counts(variances).tolist() == [16, 16]
 
