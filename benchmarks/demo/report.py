@@ -72,8 +72,8 @@ def table(report: dict, quality: Quality, levels: dict) -> str:
     lines.append(f"capacity ratio {report['capacity_ratio']:.2f}")
     lines.append("tokens and bytes by level at the end: " + ", ".join(f"{k}: {v['tokens']} / {v['bytes']}" for k, v in levels.items()))
     lines.append(
-        f"next-token KL(bf16 || oscar) {quality.mean_kl:.4f} nats (median {quality.median_kl:.4f}), same first choice {quality.top1_agreement:.1%}, "
-        f"{quality.positions} positions after a prefix hit"
+        f"next-token KL(bf16 || oscar) {quality.mean_kl:.4f} nats (median {quality.median_kl:.4f}), "
+        f"same first choice {quality.top1_agreement:.1%}, {quality.positions} positions after a prefix hit"
     )
     lines.append(
         f"  compared one by one: tokens that hold {quality.covered_mass:.2%} of the mass; "
