@@ -102,7 +102,7 @@ class KVStore:
         return int(wanted.sum())
 
     def set_continuation_points(self, pages: np.ndarray, ends: list[int], recent_pages: int) -> None:
-        """Later readers continue at `ends` of a sequence, and nowhere else in it: the pages before them stay hot as long as the pool allows.
+        """Later readers continue at `ends` of a sequence, and nowhere else in it: pages before them stay hot as long as the pool allows.
 
         Args:
             pages: int64 [N], the sequence's full pages in order.

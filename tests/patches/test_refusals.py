@@ -165,7 +165,7 @@ def test_help_documents_every_flag(capsys):
     section = text[text.index("oscar_radix: a radix prefix cache") :]
     for flag in ("kv-quant", "oscar-recipe", "oscar-calibration", "oscar-policy", "oscar-recent-tokens", "oscar-hot-fraction"):
         assert f"--{flag} " in section
-    for default in (DEFAULT_RECIPE, "window", "256", "0.12"):
+    for default in (DEFAULT_RECIPE, "none", "256", "0.12"):
         assert f"Default: {default}." in section
 
 

@@ -291,6 +291,27 @@ def test_recomputed_pages_give_their_hot_rows_to_the_tree():
     assert serve(server, [*prompt, 78]) == 8 * PAGE_TOKENS
 
 
+def test_a_place_to_continue_stays_hot_once_readers_branch_there():
+    """Over the forwards of others, under the policy that drops everything outside windows and continuation points. The first reader
+    only makes the sequence longer; the second one makes a branch."""
+    server, prompt, _ = make_cold_end(policy="none")
+    cached = []
+    for block in (11, 13, 15):
+        cached.append(serve(server, [*prompt, *tokens_of([block] * 4)]) // PAGE_TOKENS)
+        serve(server, tokens_of([20, 21, 22, 23], tail=3), answer=40)
+    assert cached == [6, 6, 8]
+
+
+def test_a_shared_system_prompt_stays_a_place_to_continue():
+    """The branch of a tree: two conversations have ended, and a third one starts from what they share."""
+    server = MiniServer(make_store(pages=60, hot_pages=30, policy="none", recent_tokens=64, geometry=TINY))
+    system = tokens_of([1, 2, 3, 4, 5])
+    for user in (11, 12):
+        serve(server, system + tokens_of([user] * 4), answer=70)
+    serve(server, tokens_of([20] * 6), answer=70)
+    assert serve(server, system + tokens_of([13] * 4)) == len(system)
+
+
 @pytest.mark.parametrize("chunk", [32, 45, 64])
 def test_adopted_rows_stay_hot_while_the_rest_of_the_prompt_is_prefilled(chunk):
     server, prompt, pages = make_cold_end()

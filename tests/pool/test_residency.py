@@ -140,6 +140,28 @@ def test_prompts_give_way_before_windows_of_others():
     assert driver.hot(b)[-2:] == [18, 19]
 
 
+def test_pages_that_this_forward_reads_do_not_give_way_to_pages_that_it_writes():
+    """`a` has all five pages of the pool in its window or among its sinks; `b` is sealed from its rows without entering the pool."""
+    driver = Driver(hot_pages=5)
+    a, b = driver.sequence(160), driver.sequence(64)
+    driver.forward((a, 128))
+    driver.forward((a, 1), (b, 64))
+    assert driver.hot(a) == [0, 1, 2, 3, 4]
+    assert driver.hot(b) == []
+    assert driver.store.residency.sealed_without_hot_rows == 2
+
+
+def test_windows_of_requests_that_sit_out_give_way_to_windows_of_those_that_run():
+    driver = Driver(hot_pages=5)
+    a, b = driver.sequence(160), driver.sequence(64)
+    driver.forward((a, 128))
+    driver.forward((a, 1), decode=True)
+    driver.forward((b, 64))
+    assert driver.hot(b) == [0, 1]
+    assert len(driver.hot(a)) == 3
+    assert 4 in driver.hot(a), "its partial page"
+
+
 # Continuation points -------------------------------------------------------------------------------------------------
 
 
