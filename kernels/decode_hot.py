@@ -135,7 +135,7 @@ def hot_stage1(
                 place = 4 * n + t
                 block, index = _block(entries, table_ptr, pages_ptr, item, place, blocks_per_page, last_item)
                 base = (block * Hkv + head) * 2
-                s = s + load2(s_ptr + base * 4)
+                s = s + load2(s_ptr + base * 2)
                 v = v + load4(v_ptr + base * 128 + 16 * g) + load4(v_ptr + base * 128 + 128 + 16 * g)
                 exists = item + place // blocks_per_page <= last_item
                 # Only pages at level 32 can be partial: row r is token r.

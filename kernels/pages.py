@@ -99,6 +99,39 @@ def load_queries(query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scal
 
 
 @triton.jit
+def attend_hot(
+    page, level, valid, head, hot_k, hot_v, hot_scales, table_ptr,
+    h0, h1, h2, h3, unit_h, top, total, shift, a0, a1, a2, a3, Hkv: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Add the hot rows of one page to the running softmax of M query rows; arguments as in `attend_page`."""
+    Q: tl.constexpr = D // 4
+    channel = tl.arange(0, Q)
+    token = tl.arange(0, PAGE)
+    # Row r of the page's hot rows; at level 32 row r is token r.
+    held = token < level
+    keep = held & ((level < PAGE) | valid)
+    block = tl.load(table_ptr + page * PAGE_BLOCKS + token // BLOCK_ROWS, mask=held, other=0)
+    at = (block.to(tl.int64) * Hkv + head) * BLOCK_ROWS + token % BLOCK_ROWS
+    k_scale = tl.load(hot_scales + at * 2, mask=keep, other=0.0).to(tl.float32)
+    v_scale = tl.load(hot_scales + at * 2 + 1, mask=keep, other=0.0).to(tl.float32)
+    source = hot_k + at[:, None] * D + channel[None, :]
+    s = tl.dot(h0, tl.trans(tl.load(source, mask=keep[:, None], other=0).to(tl.float16)))
+    s = tl.dot(h1, tl.trans(tl.load(source + Q, mask=keep[:, None], other=0).to(tl.float16)), s)
+    s = tl.dot(h2, tl.trans(tl.load(source + 2 * Q, mask=keep[:, None], other=0).to(tl.float16)), s)
+    s = tl.dot(h3, tl.trans(tl.load(source + 3 * Q, mask=keep[:, None], other=0).to(tl.float16)), s)
+    s = tl.where(keep[None, :], s * unit_h[:, None] * k_scale[None, :], float("-inf"))
+    top, factor, weights, total = softmax_step(s, top, total)
+    shift = shift * factor
+    p = (weights * v_scale[None, :]).to(tl.float16)
+    source = hot_v + at[:, None] * D
+    a0 = tl.dot(p, tl.load(source + value_channels(0, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a0 * factor[:, None])
+    a1 = tl.dot(p, tl.load(source + value_channels(1, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a1 * factor[:, None])
+    a2 = tl.dot(p, tl.load(source + value_channels(2, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a2 * factor[:, None])
+    a3 = tl.dot(p, tl.load(source + value_channels(3, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a3 * factor[:, None])
+    return top, total, shift, a0, a1, a2, a3
+
+
+@triton.jit
 def attend_page(
     page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_masks,
     b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3,
@@ -139,27 +172,10 @@ def attend_page(
         a2 = tl.dot(p, value_operand(codes, 2), a2 * factor[:, None])
         a3 = tl.dot(p, value_operand(codes, 3), a3 * factor[:, None])
     if level > 0:
-        # Row r of the page's hot rows; at level 32 row r is token r.
-        held = token < level
-        keep = held & ((level < PAGE) | valid)
-        block = tl.load(table_ptr + page * PAGE_BLOCKS + token // BLOCK_ROWS, mask=held, other=0)
-        at = (block.to(tl.int64) * Hkv + head) * BLOCK_ROWS + token % BLOCK_ROWS
-        k_scale = tl.load(hot_scales + at * 2, mask=keep, other=0.0).to(tl.float32)
-        v_scale = tl.load(hot_scales + at * 2 + 1, mask=keep, other=0.0).to(tl.float32)
-        source = hot_k + at[:, None] * D + channel[None, :]
-        s = tl.dot(h0, tl.trans(tl.load(source, mask=keep[:, None], other=0).to(tl.float16)))
-        s = tl.dot(h1, tl.trans(tl.load(source + Q, mask=keep[:, None], other=0).to(tl.float16)), s)
-        s = tl.dot(h2, tl.trans(tl.load(source + 2 * Q, mask=keep[:, None], other=0).to(tl.float16)), s)
-        s = tl.dot(h3, tl.trans(tl.load(source + 3 * Q, mask=keep[:, None], other=0).to(tl.float16)), s)
-        s = tl.where(keep[None, :], s * unit_h[:, None] * k_scale[None, :], float("-inf"))
-        top, factor, weights, total = softmax_step(s, top, total)
-        shift = shift * factor
-        p = (weights * v_scale[None, :]).to(tl.float16)
-        source = hot_v + at[:, None] * D
-        a0 = tl.dot(p, tl.load(source + value_channels(0, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a0 * factor[:, None])
-        a1 = tl.dot(p, tl.load(source + value_channels(1, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a1 * factor[:, None])
-        a2 = tl.dot(p, tl.load(source + value_channels(2, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a2 * factor[:, None])
-        a3 = tl.dot(p, tl.load(source + value_channels(3, D)[None, :], mask=keep[:, None], other=0).to(tl.float16), a3 * factor[:, None])
+        top, total, shift, a0, a1, a2, a3 = attend_hot(
+            page, level, valid, head, hot_k, hot_v, hot_scales, table_ptr,
+            h0, h1, h2, h3, unit_h, top, total, shift, a0, a1, a2, a3, Hkv, D,
+        )  # fmt: skip
     return top, total, shift, a0, a1, a2, a3
 
 

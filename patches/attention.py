@@ -87,8 +87,9 @@ class OscarAttentionBackend(AttentionBackend):
         starts = np.cumsum([0, *lengths[:-1]])
         layout = torch.tensor([[sequence.prefix_len for sequence in sequences], starts.tolist(), lengths], device=device)
         where = (self.req_to_token, forward_batch.req_pool_indices, *layout.unbind())
+        blocks = query_blocks(lengths, self.runtime.geometry.group, device)
         has_prefix = any(sequence.prefix_len for sequence in sequences)
-        self.plan = ExtendBatch(forward.write, forward_batch.out_cache_loc, lengths, has_prefix, where, query_blocks(lengths, device))
+        self.plan = ExtendBatch(forward.write, forward_batch.out_cache_loc, lengths, has_prefix, where, blocks)
 
     def _sequences(self, forward_batch: Any) -> list[Sequence]:
         lengths = forward_batch.seq_lens_cpu.tolist()

@@ -8,7 +8,7 @@ from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.decode import decode, has_fast_kernels, list_hot_pages
-from oscar_radix.kernels.extend import BLOCK_TOKENS, extend_prefix
+from oscar_radix.kernels.extend import block_tokens, extend_prefix
 from oscar_radix.kernels.merge import merge_states
 from oscar_radix.kernels.seal import seal
 from oscar_radix.kernels.write import write_decode, write_rows
@@ -55,9 +55,9 @@ class ExtendBatch:
     blocks: tuple[torch.Tensor, torch.Tensor]
 
 
-def query_blocks(lengths: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Request and first position of each block of queries: int32 [N] each."""
-    pairs = [(request, first) for request, length in enumerate(lengths) for first in range(0, length, BLOCK_TOKENS)]
+def query_blocks(lengths: list[int], group: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request and first position of each block of query tokens, for `group` query heads a KV head: int32 [N] each."""
+    pairs = [(request, first) for request, length in enumerate(lengths) for first in range(0, length, block_tokens(group))]
     request, first = torch.tensor(pairs, dtype=torch.int32).T.contiguous().to(device)
     return request, first
 

@@ -31,7 +31,7 @@ CASES = {
     "general": (decode._stage1, {"M": 16, **SMALL}, {"num_warps": 2}, {}),
     "combine": (decode._combine, {"G": 4, "Hq": 32, "D": 128, "S": 512, "CHUNK": 32}, {"num_warps": 4}, {"out_ptr": "*bf16"}),
     "list": (decode._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
-    "extend": (extend._extend_prefix, {"M": 64, **GQA}, {"num_warps": 4}, {}),
+    "extend": (extend._extend_prefix, {"M": 128, "GROUP": 4, **GQA}, {"num_warps": 8, "num_stages": 1}, {}),
     "write, decode": (write._decode_rows, GQA, {"num_warps": 4}, WRITE_INPUTS),
     "write, prefill": (write._quantise_rows, {"Hkv": 8, "D": 128}, {"num_warps": 1}, {}),
     "seal": (seal._seal, {"HOT": True, "DECODE": True, "Hkv": 8, "D": 128}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
@@ -50,4 +50,4 @@ def test_compiles(name, capability):
     }
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 100 * 1024
+    assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024

@@ -75,7 +75,7 @@ class Pair:
             lengths = list(counts.values())
             starts = np.cumsum([0, *lengths[:-1]]).tolist()
             where = (self.rows, rows, to([s.prefix_len for s in sequences]), to(starts), to(lengths))
-            blocks = query_blocks(lengths, torch.device("cuda"))
+            blocks = query_blocks(lengths, self.geometry.group, torch.device("cuda"))
             batch = ExtendBatch(plans[1].write, slots, lengths, any(s.prefix_len for s in sequences), where, blocks)
             actual = self.ours.extend(0, q, k, v, batch, SCALE)
         error = (actual.double() - expected.double()).norm() / expected.double().norm()
