@@ -94,6 +94,13 @@ def test_the_trees_page_takes_the_rows_of_its_duplicate(store):
     check(store)
 
 
+@pytest.mark.parametrize("by_duplicate", [True, False])
+def test_adopted_rows_belong_to_a_prompt_in_progress_when_either_page_did(store, by_duplicate):
+    store.table.prefilling[5 if by_duplicate else 1] = True
+    store.adopt_hot_rows(np.array([5]), np.array([1]))
+    assert store.table.prefilling[1]
+
+
 def test_rows_that_the_tree_has_itself_are_not_taken(store):
     store.enter_tree(np.array([6]))
     assert store.adopt_hot_rows(np.array([5]), np.array([6])) == 0
