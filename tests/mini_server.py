@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
 from oscar_radix.attention.plan import ForwardPlan, plan_forward
-from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.patches.allocator import OscarPageAllocator
 from oscar_radix.patches.radix import OscarRadixCache
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS
@@ -26,6 +26,14 @@ from oscar_radix.pool.store import KVStore
 from oscar_radix.sequence import Sequence
 
 DEVICE = "cpu"
+TINY = Geometry(layers=1, kv_heads=1, query_heads=1, head_dim=64)
+"""Where only owners and levels count."""
+
+
+def tokens_of(blocks: list[int], tail: int = 0) -> list[int]:
+    """A token sequence of whole pages: equal blocks are equal pages, so sequences share prefixes often."""
+    body = [block * 100 + i for block in blocks for i in range(PAGE_TOKENS)]
+    return body + [900 + i for i in range(tail)]
 
 
 @dataclass(eq=False)
