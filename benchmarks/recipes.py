@@ -27,19 +27,18 @@ PREFIX, TAIL = 1024, 128
 
 def held_out_texts(count: int) -> list[str]:
     """`count` texts, documentation and sources in turn; 20,000 characters each, more than PREFIX + TAIL tokens."""
-    import argparse as argparse_source
+    import asyncio.base_events
     import difflib
     import http.cookiejar
+    import pickletools
     import pydoc_data.topics
-    import statistics
-    import tarfile
 
     documentation = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    sources = [inspect.getsource(module) for module in (http.cookiejar, difflib, tarfile, statistics, argparse_source)]
+    sources = [inspect.getsource(module) for module in (http.cookiejar, difflib, asyncio.base_events, pickletools)]
     size, texts = 20000, []
     for i in range(count):
         text = documentation if i % 2 == 0 else sources[i // 2 % len(sources)]
-        start = (60000 + 95000 * (i // 2)) % max(len(text) - size, 1) if i % 2 == 0 else 5000
+        start = (60000 + 65000 * (i // 2)) % max(len(text) - size, 1) if i % 2 == 0 else 5000
         texts.append(text[start : start + size])
     return texts
 
