@@ -26,6 +26,7 @@ def parts() -> list[tuple[list[int], list[int]]]:
 
 def predictions(server: SglangServer, part: tuple[list[int], list[int]], scratch: Path) -> tuple[int, np.ndarray]:
     """Cached prompt tokens, and float32 [POSITIONS, vocabulary] log-probabilities of tokens decoded one by one."""
+    scratch.mkdir(exist_ok=True)
     meta, log_p = decode_forced(server, *part, scratch / f"{server.name}-quality", whole=True)
     return meta["cached_tokens"], log_p
 

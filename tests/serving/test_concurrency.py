@@ -5,12 +5,14 @@ import numpy as np
 from tests.serving.client import WINDOW, cached, log_text, piece, settled, together
 from tests.serving.workload import ANSWER, CONCURRENT, FIRST, converse
 
-MEAN_TOLERANCE, WORST_TOLERANCE = 0.1, 1.5
+MEAN_TOLERANCE, WORST_TOLERANCE = 0.08, 1.0
+"""In nats. Measured .039 and .45 with the cache on against off. Two runs without a cache differ by .025 and .36, because what the hot pool
+holds depends on how requests fall into batches; the same answers in bf16 are .055 and .69 away."""
 
 
 def test_cache_on_answers_like_cache_off(cache_off, ours, logs):
     """Log-probabilities of decoded answers agree; what remains is bounded by MEAN_TOLERANCE and WORST_TOLERANCE."""
-    cache_on = converse(ours, logs)
+    cache_on = converse(ours, logs, script=cache_off)
     assert all(turn.cached_tokens == 0 for turns in cache_off for turn in turns)
     hits = [turns[1].cached_tokens for turns in cache_on]
     # The answer's 31 computed tokens are not a page. Four windows and four new ones are more than the hot pool has.

@@ -1,4 +1,4 @@
-"""Four concurrent conversations at a time, two turns each, with given answers; more of them than the tree holds."""
+"""Four concurrent conversations at a time, two turns each; more of them than the tree holds."""
 
 import dataclasses
 from pathlib import Path
@@ -16,30 +16,42 @@ SYSTEM, FIRST, ANSWER, SECOND = 192, 640, 32, 61
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """`log_p` float32 [ANSWER]: log-probabilities of the answer's tokens, decoded one by one."""
+    """`answer` [ANSWER] token ids, and `log_p` float32 [ANSWER], their log-probabilities, decoded one by one."""
 
-    prompt_tokens: int
+    prompt: list[int]
     cached_tokens: int
+    answer: list[int]
     log_p: np.ndarray
 
 
-def converse(server: SglangServer, scratch: Path) -> list[list[Turn]]:
-    """Both turns of every conversation: [CONCURRENT * WAVES][2], under two system prompts.
+def converse(server: SglangServer, scratch: Path, script: list[list[Turn]] | None = None) -> list[list[Turn]]:
+    """Both turns of every conversation, [CONCURRENT * WAVES][2], under two system prompts.
 
     The waves take their second turns in reverse order: the last one finds what it left, the first one what eviction left.
+
+    Args:
+        scratch: folder for scratch files.
+        script: an earlier run, whose answers are decoded again; None for the server's own greedy answers.
     """
-    own = FIRST - SYSTEM + 2 * ANSWER + SECOND
-    talks = [piece(SYSTEM, seed=90 + number % 2) + piece(own, seed=100 + number) for number in range(CONCURRENT * WAVES)]
-    turns: list[list[Turn]] = [[] for _ in talks]
+    turns: list[list[Turn]] = [[] for _ in range(CONCURRENT * WAVES)]
 
-    def turn(number: int, end: int) -> tuple[dict, np.ndarray]:
-        scratch_file = scratch / f"{server.name}-{number}-{end}"
-        return decode_forced(server, talks[number][:end], talks[number][end : end + ANSWER], scratch_file)
+    def take_turn(number: int) -> Turn:
+        done = turns[number]
+        if done:
+            prompt = done[0].prompt + done[0].answer + piece(SECOND, seed=120 + number)
+        else:
+            prompt = piece(SYSTEM, seed=90 + number % 2) + piece(FIRST - SYSTEM, seed=100 + number)
+        if script is None:
+            result = server.generate(prompt, ANSWER, ignore_eos=True, return_logprob=True)
+            meta, answer = result["meta_info"], result["output_ids"]
+            log_p = np.array([value for value, *_ in meta["output_token_logprobs"]], dtype=np.float32)
+        else:
+            answer = script[number][len(done)].answer
+            meta, log_p = decode_forced(server, prompt, answer, scratch / f"{server.name}-{number}")
+        return Turn(prompt, meta["cached_tokens"], answer, log_p)
 
-    second = FIRST + ANSWER + SECOND
-    for wave, end in [*((wave, FIRST) for wave in range(WAVES)), *((wave, second) for wave in reversed(range(WAVES)))]:
+    for wave in [*range(WAVES), *reversed(range(WAVES))]:
         members = range(wave * CONCURRENT, (wave + 1) * CONCURRENT)
-        answers = together([lambda number=number, end=end: turn(number, end) for number in members])
-        for number, (meta, log_p) in zip(members, answers, strict=True):
-            turns[number].append(Turn(meta["prompt_tokens"], meta["cached_tokens"], log_p))
+        for number, turn in zip(members, together([lambda number=number: take_turn(number) for number in members]), strict=True):
+            turns[number].append(turn)
     return turns
