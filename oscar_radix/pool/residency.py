@@ -6,11 +6,12 @@ from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import Policy
 from oscar_radix.pool.hot_pool import HotPool
 from oscar_radix.pool.pages import PageTable
-from oscar_radix.sequence import Sequence
+from oscar_radix.sequence import SINK_PAGES, Sequence
 
-SETTLED, PREFILLING, WINDOW, IN_USE = range(4)
-"""Classes of hot pages in the order in which they give way: outside every window; a prompt in progress; windows and
-continuation points of requests that are not in this forward; those of requests that are."""
+SETTLED, PREFILLING, WINDOW, SINK, WINDOW_IN_USE, SINK_IN_USE = range(6)
+"""Classes of hot pages in the order in which they give way: outside every window; a prompt in progress; windows and continuation
+points of requests that are not in this forward, then their sinks; those of requests that are. A sequence whose sinks are read in 2
+bits is several times further from bf16 than one whose window is, so sinks give way last."""
 
 
 class Residency:
@@ -39,16 +40,14 @@ class Residency:
         for sequence in sequences:
             partial = sequence.pages[sequence.seq_len // PAGE_TOKENS :]
             for page in partial:
-                if not self.hot.levels[page] and not self._acquire(int(page), victims, IN_USE):
+                if not self.hot.levels[page] and not self._acquire(int(page), victims, SINK_IN_USE):
                     raise RuntimeError(
                         f"the hot pool of {self.hot.capacity} blocks is full of unsealed pages: {len(sequences)} sequences need one "
                         f"page of 16 blocks each; lower --max-running-requests or raise --oscar-hot-fraction"
                     )
         for sequence in sequences:
-            # From the end backwards: when the pool runs short, the newest tokens stay hot.
-            for page in sequence.completed[::-1]:
-                in_window = bool(self.table.window[page])
-                if not self.hot.levels[page] and not self._acquire(int(page), victims, WINDOW if in_window else SETTLED):
+            for page in self._by_need(sequence.completed):
+                if not self.hot.levels[page] and not self._acquire(int(page), victims, SINK if self.table.window[page] else SETTLED):
                     self.sealed_without_hot_rows += 1
         # Only now: a page whose record is not written yet must not be anybody's victim.
         for sequence in sequences:
@@ -97,6 +96,11 @@ class Residency:
             self.hot.shrink(page, rows.to(self.hot.device))
         self.demotions += 1
 
+    def _by_need(self, pages: np.ndarray) -> np.ndarray:
+        """Pages that are being filled: sinks first, then the window and then the rest, each from the newest back."""
+        sink, window = self.table.position[pages] < SINK_PAGES, self.table.window[pages]
+        return pages[np.lexsort((-self.table.position[pages], ~window, ~sink))]
+
     def _acquire(self, page: int, victims: "_Victims", highest: int) -> bool:
         while not self.hot.acquire(page):
             victim = victims.take(highest)
@@ -126,9 +130,10 @@ class _Victims:
         pages = np.flatnonzero((hot.levels > 0) & table.sealed)
         kept = table.window[pages] | table.continuation[pages]
         classes = np.where(kept, WINDOW, np.where(table.prefilling[pages], PREFILLING, SETTLED))
-        classes[kept & (table.last_use[pages] == now)] = IN_USE
+        classes[table.window[pages] & (table.position[pages] < SINK_PAGES)] = SINK
+        classes[kept & (table.last_use[pages] == now)] += WINDOW_IN_USE - WINDOW
         ranked: list[tuple[int, int]] = []
-        for value in (SETTLED, PREFILLING, WINDOW, IN_USE):
+        for value in (SETTLED, PREFILLING, WINDOW, SINK, WINDOW_IN_USE, SINK_IN_USE):
             members = pages[classes == value]
             order = self._residency.policy.demotion_order(members, table.last_use[members], table.position[members].astype(np.int64))
             ranked.extend((value, int(page)) for page in members[order])
