@@ -98,6 +98,7 @@ FLAG_RULES: tuple[Rule, ...] = (
 
 
 RECIPES_WITH_KERNELS = ("tck", "mulm")
+HEAD_DIMS_WITH_KERNELS = (64, 128)
 
 
 def refuse_device(device: str, recipe: str) -> None:
@@ -125,6 +126,7 @@ def refuse_model(configurator: object) -> None:
     """
     model = configurator.model_config
     name = ", ".join(getattr(model.hf_config, "architectures", None) or ["unknown"])
+    supported = SUPPORTED_HEAD_DIMS if configurator.device == "cpu" else HEAD_DIMS_WITH_KERNELS
     reason = None
     if configurator.use_mla_backend:
         reason = "uses multi-head latent attention (MLA), whose latent rows have no heads"
@@ -136,7 +138,7 @@ def refuse_model(configurator: object) -> None:
         reason = "has cross-attention, whose keys are not a prefix"
     elif not model.is_generation:
         reason = "is served for embeddings, which keep no prefix cache"
-    elif model.head_dim not in SUPPORTED_HEAD_DIMS or model.v_head_dim != model.head_dim:
-        reason = f"has head dims {model.head_dim} (K) and {model.v_head_dim} (V); supported are equal ones of {SUPPORTED_HEAD_DIMS}"
+    elif model.head_dim not in supported or model.v_head_dim != model.head_dim:
+        reason = f"has head dims {model.head_dim} (K) and {model.v_head_dim} (V); supported on {configurator.device} are equal ones of {supported}"
     if reason:
         raise Refused(f"--kv-quant oscar: {name} {reason}; serve it without --kv-quant")

@@ -13,7 +13,7 @@ from oscar_radix.patches.refusals import Refused, refuse_model
 def configurator(**changes: object) -> SimpleNamespace:
     """The attributes of SGLang's KVCacheConfigurator that `refuse_model` reads, of a Llama; `changes` go where they belong."""
     model = {"is_encoder_decoder": False, "is_generation": True, "head_dim": 128, "v_head_dim": 128}
-    cache = {"use_mla_backend": False, "is_hybrid_swa": False, "mambaish_config": None}
+    cache = {"use_mla_backend": False, "is_hybrid_swa": False, "mambaish_config": None, "device": "cpu"}
     for name, value in changes.items():
         (model if name in model else cache)[name] = value
     config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["SomeForCausalLM"]), **model)
@@ -33,7 +33,8 @@ def test_plain_models_are_served(head_dim):
         ({"mambaish_config": object()}, "state-space layers"),
         ({"is_encoder_decoder": True}, "cross-attention"),
         ({"is_generation": False}, "embeddings"),
-        ({"head_dim": 80, "v_head_dim": 80}, "head dims 80 (K) and 80 (V); supported are equal ones of (64, 128, 256)"),
+        ({"head_dim": 80, "v_head_dim": 80}, "head dims 80 (K) and 80 (V); supported on cpu are equal ones of (64, 128, 256)"),
+        ({"head_dim": 256, "v_head_dim": 256, "device": "cuda"}, "supported on cuda are equal ones of (64, 128)"),
         ({"head_dim": 128, "v_head_dim": 64}, "head dims 128 (K) and 64 (V)"),
     ],
 )
