@@ -139,6 +139,7 @@ def refuse_model(configurator: object) -> None:
     elif not model.is_generation:
         reason = "is served for embeddings, which keep no prefix cache"
     elif model.head_dim not in supported or model.v_head_dim != model.head_dim:
-        reason = f"has head dims {model.head_dim} (K) and {model.v_head_dim} (V); supported on {configurator.device} are equal ones of {supported}"
+        dims = f"{model.head_dim} (K) and {model.v_head_dim} (V)"
+        reason = f"has head dims {dims}; supported on {configurator.device} are equal ones of {supported}"
     if reason:
         raise Refused(f"--kv-quant oscar: {name} {reason}; serve it without --kv-quant")

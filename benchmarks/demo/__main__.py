@@ -79,7 +79,7 @@ def _server(model: Path, name: str, args: argparse.Namespace, extra: list[str], 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__)
     parser.add_argument("--tokens", type=int, default=5120, help="KV budget of both servers, in tokens of bf16 (%(default)s)")
-    parser.add_argument("--answer-tokens", type=int, default=48, help="longest answer of a turn (%(default)s)")
+    parser.add_argument("--answer-tokens", type=int, default=40, help="longest answer of a turn (%(default)s)")
     # At temperature 0 so small a model repeats itself, which makes every next token easy to predict and the quality figure flattering.
     parser.add_argument("--temperature", type=float, default=0.7, help="temperature of the answers (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=3, help="requests in flight (%(default)s)")
