@@ -27,7 +27,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Stock:
-    """`behaviour` of stock SGLang, and `predictions` [8] of quality.parts(): float32 [64, vocabulary] log-probabilities."""
+    """`behaviour` of stock SGLang, and `predictions` of quality.parts(): float32 [64, vocabulary] log-probabilities."""
 
     behaviour: Behaviour
     predictions: list[np.ndarray]

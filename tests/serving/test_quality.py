@@ -10,8 +10,8 @@ from tests.serving.client import together
 ALLOWED_RATIO = 1.10
 """Measured .995 with a standard error of .03."""
 
-ALLOWED_UNDER_PRESSURE = 1.5
-"""Four windows of 256 tokens and their sinks ask for 44 hot pages; the server has 39. Measured 1.17; 6.1 if sinks gave way first."""
+ALLOWED_UNDER_PRESSURE = 2.0
+"""Four windows of 256 tokens and their sinks ask for 44 hot pages; the server has 39. Measured 1.3; 9 if sinks gave way first."""
 
 AT_ONCE = 4
 
@@ -29,7 +29,7 @@ def computed(stock, running: SglangServer, logs) -> list[float]:
 
 
 def test_kl_after_a_hit_is_that_of_a_computed_prefix(stock, computed, running, logs):
-    """Mean KL to bf16 of 64 decoded tokens, over eight prefixes; policy `none`, so that both sides read the same precision by design."""
+    """Mean KL to bf16 of 64 decoded tokens, over six prefixes; policy `none`, so that both sides read the same precision by design."""
     after_hit = []
     for part, expected in zip(quality.parts(), stock.predictions, strict=True):
         prefix = part[0][:-1]
@@ -48,13 +48,14 @@ def test_kl_after_a_hit_is_that_of_a_computed_prefix(stock, computed, running, l
 
 def test_a_full_hot_pool_degrades_gracefully(stock, computed, running, logs):
     """Four requests at once whose windows and sinks do not all fit: mean KL stays near that of one request at a time."""
-    crowded = []
-    parts = quality.parts()
-    for first in range(0, len(parts), AT_ONCE):
-        running.flush_cache()
-        wave = range(first, first + AT_ONCE)
-        answers = together([lambda number=number: quality.predictions(running, parts[number], logs / f"{number}") for number in wave])
-        crowded += [quality.kl(stock.predictions[number], log_p).mean() for number, (_, log_p) in zip(wave, answers, strict=True)]
-    print(f"KL four at once {np.mean(crowded):.5f}, alone {np.mean(computed):.5f}: ratio {np.mean(crowded) / np.mean(computed):.2f}")
-    print(f"per prefix {np.round(crowded, 4)}, alone {np.round(computed, 4)}")
-    assert np.mean(crowded) <= ALLOWED_UNDER_PRESSURE * np.mean(computed)
+    parts = quality.parts()[:AT_ONCE]
+    running.flush_cache()
+    calls = [lambda part=part, number=number: quality.predictions(running, part, logs / f"{number}") for number, part in enumerate(parts)]
+    crowded = [
+        quality.kl(expected, log_p).mean() for expected, (_, log_p) in zip(stock.predictions[:AT_ONCE], together(calls), strict=True)
+    ]
+    alone = computed[:AT_ONCE]
+    ratio = np.mean(crowded) / np.mean(alone)
+    print(f"KL four at once {np.mean(crowded):.5f}, alone {np.mean(alone):.5f}: ratio {ratio:.2f}")
+    print(f"per prefix {np.round(crowded, 4)}, alone {np.round(alone, 4)}")
+    assert ratio <= ALLOWED_UNDER_PRESSURE
