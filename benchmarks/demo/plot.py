@@ -35,7 +35,8 @@ def _hits(axes, report: dict) -> None:
         cached = [entry["cached_tokens"] for entry in report[name]["turns"]]
         axes.bar([turn + shift for turn in turns], cached, width=0.4, label=f"{name}, from the cache", color=colour)
     axes.set(title="cached tokens per turn, all agents", xlabel="turn", xticks=turns)
-    axes.legend(loc="lower left")
+    axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # room for the legend above the bars
+    axes.legend(loc="upper left")
 
 
 def _stacked(axes, rounds: list[dict], what: str, unit: float, title: str) -> None:
