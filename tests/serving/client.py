@@ -111,6 +111,11 @@ def load(server: SglangServer) -> dict:
     return response.json()["loads"][0]
 
 
+def flush(server: SglangServer) -> None:
+    """Empty the cache as soon as nothing runs: the scheduler is busy a moment longer than the last answer takes to come back."""
+    requests.post(f"{server.url}/flush_cache", params={"timeout": 30}, timeout=60).raise_for_status()
+
+
 def settled(server: SglangServer, timeout_s: float = 60.0) -> dict:
     """Wait until nothing runs or waits, then longer than SGLang's idle memory check takes; returns the `kv_quant` report.
 

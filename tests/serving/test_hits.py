@@ -1,6 +1,6 @@
 """How much of a prompt comes out of the cache."""
 
-from tests.serving.client import WINDOW, cached, pages, piece, settled
+from tests.serving.client import WINDOW, cached, flush, pages, piece, settled
 
 
 def test_next_turn_hits_prompt_and_answer_of_the_turn_before(ours):
@@ -20,7 +20,7 @@ def test_next_turn_hits_prompt_and_answer_of_the_turn_before(ours):
 
 def test_long_prompt_hits_all_but_its_last_page(ours):
     for length in (1000, 992, 961):  # chunks of 256 and a rest; whole pages; one token into a page
-        ours.flush_cache()
+        flush(ours)
         prompt = piece(length, seed=30)
         assert cached(ours.generate(prompt, 1)) == 0
         assert cached(ours.generate(prompt, 1)) == pages(length - 1)
@@ -30,7 +30,7 @@ def test_long_prompt_hits_all_but_its_last_page(ours):
 def test_hit_does_not_depend_on_how_the_prompt_was_cut(ours):
     prompt = piece(1000, seed=31)
     for cuts in ((), (100,), (311, 640, 641)):
-        ours.flush_cache()
+        flush(ours)
         for cut in (*cuts, len(prompt)):
             ours.generate(prompt[:cut], 1)
         assert cached(ours.generate(prompt, 1)) == pages(len(prompt) - 1), cuts

@@ -8,7 +8,7 @@ import time
 import requests
 from sglang.test.kits import radix_cache_server_kit
 
-from tests.serving.client import cached, load, piece, settled
+from tests.serving.client import cached, flush, load, piece, settled
 
 
 def test_sglang_radix_attention_kit(ours, monkeypatch):
@@ -23,7 +23,7 @@ def test_flush_empties_everything(ours):
     prompt = piece(500, seed=60)
     ours.generate(prompt, 20, ignore_eos=True)
     assert sum(entry["tokens"] for entry in settled(ours)["levels"].values()) == 512
-    ours.flush_cache()
+    flush(ours)
     report = settled(ours)
     assert all(entry == {"tokens": 0, "bytes": 0} for entry in report["levels"].values())
     assert report["hot_blocks"]["free"] == report["hot_blocks"]["capacity"]
@@ -59,5 +59,5 @@ def _wait_until_running(server) -> None:
 
 def _empty_after_flush(server) -> None:
     settled(server)
-    server.flush_cache()
+    flush(server)
     assert sum(entry["tokens"] for entry in settled(server)["levels"].values()) == 0

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.servers import SglangServer
 from tests.serving import quality
-from tests.serving.client import together
+from tests.serving.client import flush, together
 
 ALLOWED_RATIO = 1.10
 """Measured .995 with a standard error of .03."""
@@ -21,7 +21,7 @@ def computed(stock, running: SglangServer, logs) -> list[float]:
     """Mean KL of each part when the request itself computes the prefix."""
     result = []
     for part, expected in zip(quality.parts(), stock.predictions, strict=True):
-        running.flush_cache()
+        flush(running)
         hit_tokens, log_p = quality.predictions(running, part, logs)
         assert hit_tokens == 0
         result.append(quality.kl(expected, log_p).mean())
@@ -33,7 +33,7 @@ def test_kl_after_a_hit_is_that_of_a_computed_prefix(stock, computed, running, l
     after_hit = []
     for part, expected in zip(quality.parts(), stock.predictions, strict=True):
         prefix = part[0][:-1]
-        running.flush_cache()
+        flush(running)
         running.generate(prefix, 1)
         hit_tokens, log_p = quality.predictions(running, part, logs)
         assert hit_tokens == len(prefix)
@@ -49,7 +49,7 @@ def test_kl_after_a_hit_is_that_of_a_computed_prefix(stock, computed, running, l
 def test_a_full_hot_pool_degrades_gracefully(stock, computed, running, logs):
     """Four requests at once whose windows and sinks do not all fit: mean KL stays near that of one request at a time."""
     parts = quality.parts()[:AT_ONCE]
-    running.flush_cache()
+    flush(running)
     calls = [lambda part=part, number=number: quality.predictions(running, part, logs / f"{number}") for number, part in enumerate(parts)]
     crowded = [
         quality.kl(expected, log_p).mean() for expected, (_, log_p) in zip(stock.predictions[:AT_ONCE], together(calls), strict=True)
