@@ -15,7 +15,7 @@ from oscar_radix.metrics import MIB, Metrics
 from oscar_radix.sequence import Sequence
 from tests.helpers import GEOMETRY, make_store, random_qkv, take_pages
 
-PAGES, HOT_PAGES = 20, 5
+PAGES, HOT_PAGES = 20, 6
 
 
 @pytest.fixture
