@@ -26,7 +26,7 @@ class OscarRadixCache(RadixCache):
     def __init__(self, params: CacheInitParams):
         self.store: KVStore = params.token_to_kv_pool_allocator.store
         self.recent_pages = self.store.residency.recent_tokens // PAGE_TOKENS
-        self._inserting_for: Any = None
+        self._caching_unfinished = False
         super().__init__(params)
 
     # Match -----------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ class OscarRadixCache(RadixCache):
         duplicate, its hot rows stay with the tree's pages, so that the next reader finds them.
         """
         result = super().match_prefix(params)
-        if self._inserting_for is not None:
+        if self._caching_unfinished:
             return result
         pages = _pages(result.device_indices)
         kept = self._continuable(pages)
@@ -78,11 +78,11 @@ class OscarRadixCache(RadixCache):
 
     def cache_unfinished_req(self, req: Any, chunked: bool = False) -> None:
         """A request's full pages enter the tree after prefill, or after a chunk of it."""
-        self._inserting_for = req
+        self._caching_unfinished = True
         try:
             super().cache_unfinished_req(req, chunked)
         finally:
-            self._inserting_for = None
+            self._caching_unfinished = False
 
     def cache_finished_req(self, req: Any, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
         """A finished (or retracted) request's full pages enter the tree; its last ones are where the next turn continues."""
