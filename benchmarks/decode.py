@@ -8,22 +8,15 @@ Ours includes the combine and the basis change of the output; writing and sealin
 """
 
 import argparse
-import importlib.metadata
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import triton
 
+from benchmarks.gpu import copy_bandwidth, filled_store, graph_microseconds, pages_of, slot_table, write_report
 from oscar_radix.attention.triton_backend import TritonAttention
-from oscar_radix.codec import get_recipe
-from oscar_radix.codec.parameters import placeholder
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.kernels.decode import decode, list_hot_pages
-from oscar_radix.policy import NonePolicy
-from oscar_radix.pool.hot_pool import PAGE_BLOCKS
-from oscar_radix.pool.store import KVStore
 
 GEOMETRY = Geometry(layers=4, kv_heads=8, query_heads=32, head_dim=128)
 SHAPES = ((1, 131072), (8, 32768), (32, 8192), (64, 4096), (8, 1024))
@@ -43,51 +36,11 @@ class Row:
     bandwidth_share: float
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, read plus written."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    milliseconds = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")
-    return 2 * source.numel() / milliseconds * 1e3
-
-
-def graph_microseconds(launches: list) -> float:
-    """Median time of one launch, replayed in a CUDA graph of all of them."""
-    for launch in launches:
-        launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    return triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median") * 1e3 / len(launches)
-
-
-def pages_of(batch: int, tokens: int) -> torch.Tensor:
-    """Pages of each sequence in random order, page 0 unused: int64 [B, tokens / 32]."""
-    count = batch * tokens // PAGE_TOKENS
-    return (torch.randperm(count, device="cuda") + 1).view(batch, -1)
-
-
 def ours(batch: int, tokens: int, hot_rows: int) -> tuple[float, int]:
     """Microseconds and bytes a layer with `hot_rows` int8 rows in every page."""
-    pages = pages_of(batch, tokens)
-    blocks = max(PAGE_BLOCKS, pages.numel() * hot_rows // 2)
-    recipe = get_recipe("tck")
-    store = KVStore(GEOMETRY, recipe.layout(GEOMETRY.head_dim), pages.numel(), blocks, NonePolicy(), 256, "cuda")
-    store.codec = placeholder(recipe, GEOMETRY, "cuda")
-    for buffer in (store.base.k_codes, store.base.v_codes):
-        buffer.random_(0, 256)
-    for buffer in (store.hot.k_rows, store.hot.v_rows):
-        buffer.random_(-127, 128)
-    for buffer in (store.base.scales, store.hot.scales):
-        buffer.uniform_(0.01, 0.1)
-    store.hot.device_levels.fill_(hot_rows)
-    if hot_rows:
-        table = torch.randperm(blocks, device="cuda")[: pages.numel() * hot_rows // 2].view(pages.numel(), -1)
-        store.hot.device_block_table[1:, : hot_rows // 2] = table.int()
-        store.hot.row_masks.fill_(-1 if hot_rows == PAGE_TOKENS else (1 << hot_rows) - 1)
-    slots = (pages[..., None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device="cuda")).view(batch, tokens).int()
-    sequences = (slots, torch.arange(batch, device="cuda"), torch.full((batch,), tokens, device="cuda"))
+    pages = pages_of([tokens] * batch)
+    store = filled_store(GEOMETRY, pages, hot_rows)
+    sequences = (slot_table(pages), torch.arange(batch, device="cuda"), torch.full((batch,), tokens, device="cuda"))
     attention = TritonAttention(store, batch, tokens)
     hot = (attention._hot_pages, attention._hot_counts)
     list_hot_pages(sequences, store.hot.device_levels, hot)
@@ -153,9 +106,7 @@ def main() -> None:
             figures = f"{row.microseconds:8.1f} us {row.megabytes:8.1f} MB {100 * row.bandwidth_share:5.1f} % of copy"
             print(f"B={batch:3} L={tokens:7} {kernel:24} {figures}", flush=True)
     if args.json:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-        report = {"device": name, "copy_bytes_per_second": peak, "versions": versions, "rows": [vars(row) for row in rows]}
-        args.json.write_text(json.dumps(report, indent=1))
+        write_report(args.json, f"python -m benchmarks.decode --shapes {args.shapes}", [vars(row) for row in rows], copy_bytes_per_second=peak)
 
 
 if __name__ == "__main__":

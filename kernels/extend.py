@@ -1,20 +1,26 @@
-"""Extend attention, prefix part: new tokens against cached pages read in 2 bits and int8; no bf16 copy of the prefix exists.
+"""Extend attention: new tokens against cached pages, read in 2 bits and int8, and causally against their own chunk.
 
-A program holds 128 query rows, the G heads of a GQA group for 128 / G tokens, so that codes are unpacked once for all of them, and
-reads four pages at a time. Specification: `attend` over the rows that `open` and `dequantise_rows` give
-(oscar_radix.attention.backend).
+No bf16 copy of the prefix exists, and no memory grows with it: a program opens a tile of tokens at a time for 128 query rows, the
+heads of a GQA group for 128 / group tokens. On Hopper `extend_hopper` does this with specialised warps; the kernel here runs
+everywhere else and is the same computation. Small chunks on long prefixes are split over the keys; the parts merge by log-sum-exp.
+Specification: `attend` over the rows that `open` and `dequantise_rows` give (oscar_radix.attention.backend).
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from oscar_radix.kernels.pages import PAGE, attend_hot, key_operand, load_queries, softmax_step, store_planes, value_operand
+from oscar_radix.kernels.extend_hopper import extend_hopper
+from oscar_radix.kernels.operands import int8_rows, record_keys, record_values
+from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, softmax_step
 
 ROWS = 128
 """Query rows of a program."""
 
-TILE_PAGES = tl.constexpr(4)
+TILE = tl.constexpr(64)
+"""Tokens of a tile of the portable kernel."""
+
+LARGEST_SPLIT = 16
 
 
 def block_tokens(group: int) -> int:
@@ -22,104 +28,184 @@ def block_tokens(group: int) -> int:
     return ROWS // triton.next_power_of_2(group)
 
 
-@triton.jit(do_not_specialize=["row_stride"])
-def _extend_prefix(
-    query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, levels_ptr,
-    key_step, key_zero, key_masks, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
-    out_ptr, lse_ptr, row_stride, softmax_scale,
-    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+def extend_splits(blocks: int, multiprocessors: int) -> int:
+    """Parts of the keys that make `blocks` programs (one a multiprocessor) fill the GPU best.
+
+    The time is ceil(blocks * s / multiprocessors) / s waves; the fewest parts within 5 % of the least time.
+    """
+    waves = {s: -(-blocks * s // multiprocessors) / s for s in range(1, LARGEST_SPLIT + 1)}
+    least = min(waves.values())
+    return next(s for s, time in waves.items() if time <= 1.05 * least)
+
+
+@triton.jit
+def _set_bits(x):
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 63
+
+
+@triton.jit
+def _key_constants(key_step, key_zero, key_masks, head, plane: tl.constexpr, D: tl.constexpr):
+    """Mask, step and shift of one K plane (see `operands.key_plane`), [1, D / 4]."""
+    at = head * D + plane * (D // 4) + tl.arange(0, D // 4)
+    step = tl.load(key_step + at)
+    mask = (tl.load(key_masks + at) << (2 * plane)).to(tl.uint8)
+    shift = -step * tl.load(key_zero + at)
+    return mask[None, :], (step * 0.25**plane)[None, :].to(tl.float16), shift[None, :].to(tl.float16)
+
+
+@triton.jit
+def _hot_rows(opened, hot, at, rows_ptr, scales_ptr, D: tl.constexpr, WHICH: tl.constexpr):
+    """Opened rows [TILE, D] with the hot tokens' int8 rows in their places."""
+    rows = tl.load(rows_ptr + at[:, None] * D + tl.arange(0, D)[None, :], mask=hot[:, None], other=0)
+    scale = tl.load(scales_ptr + at * 2 + WHICH, mask=hot, other=0.0)
+    return tl.where(hot[:, None], int8_rows(rows, scale[:, None]), opened)
+
+
+@triton.jit
+def _attend_tile(s, valid, values, top, total, acc):
+    """Add one tile with scores s [M, TILE]."""
+    top, factor, weights, total = softmax_step(tl.where(valid, s, float("-inf")), top, total)
+    return top, total, tl.dot(weights.to(tl.float16), values, acc * factor[:, None])
+
+
+@triton.jit(do_not_specialize=["row_stride", "splits", "total_rows"])
+def _extend(
+    query_ptr, k_ptr, v_ptr, k_codes, v_words, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
+    key_step, key_zero, key_masks, mean_ptr, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
+    out_ptr, lse_ptr, row_stride, splits, total_rows,
+    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTIAL: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    block = tl.program_id(1)
+    split = tl.program_id(2)
     request = tl.load(block_request + block)
     first = tl.load(block_first + block)
     start = tl.load(starts_ptr + request)
-    length = tl.load(lengths_ptr + request)
-    prefix = tl.load(prefix_lens + request)
+    length = tl.load(lengths_ptr + request).to(tl.int32)
+    prefix = tl.load(prefix_lens + request).to(tl.int32)
+    row = req_to_token + tl.load(req_rows + request).to(tl.int64) * row_stride
     # Row r is token r // GROUP, query head r % GROUP of the group (GROUP is G, rounded up to a power of two).
     member = tl.arange(0, M) % GROUP
     position = first + tl.arange(0, M) // GROUP
     row_ok = (position < length) & (member < G)
-    rows = (start + position).to(tl.int64) * (Hkv * G) + head * G + member
-    b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset = load_queries(
-        query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scale, D
-    )
-    Q: tl.constexpr = D // 4
-    masks = key_masks + head * D
-    channel = tl.arange(0, Q)
+    at_row = (start + position).to(tl.int64) * (Hkv * G) + head * G + member
+    channel = tl.arange(0, D)
+    query = tl.load(query_ptr + at_row[:, None] * D + channel[None, :], mask=row_ok[:, None], other=0.0)
+    m0, s0, z0 = _key_constants(key_step, key_zero, key_masks, head, 0, D)
+    m1, s1, z1 = _key_constants(key_step, key_zero, key_masks, head, 1, D)
+    m2, s2, z2 = _key_constants(key_step, key_zero, key_masks, head, 2, D)
+    m3, s3, z3 = _key_constants(key_step, key_zero, key_masks, head, 3, D)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    shift = tl.zeros([M], tl.float32)
-    a0 = tl.zeros([M, Q], tl.float32)
-    a1 = tl.zeros([M, Q], tl.float32)
-    a2 = tl.zeros([M, Q], tl.float32)
-    a3 = tl.zeros([M, Q], tl.float32)
-    row = req_to_token + tl.load(req_rows + request).to(tl.int64) * row_stride
-    token = tl.arange(0, TILE_PAGES * PAGE)
-    for tile in range(0, prefix, TILE_PAGES * PAGE):
-        valid = tile + token < prefix
-        page = (tl.load(row + tile + token // PAGE * PAGE, mask=valid, other=0) // PAGE).to(tl.int64)
-        hot = ((tl.load(row_masks + page * Hkv + head) >> (token % PAGE)) & 1) != 0
-        keep = valid & ~hot
-        record = (page * Hkv + head) * PAGE + token % PAGE
-        if tl.sum(keep.to(tl.int32), 0) > 0:
-            codes = tl.load(k_codes + record[:, None] * Q + channel[None, :])
-            s = tl.dot(b0, tl.trans(key_operand(codes, masks, 0, D)))
-            s = tl.dot(b1, tl.trans(key_operand(codes, masks, 1, D)), s)
-            s = tl.dot(b2, tl.trans(key_operand(codes, masks, 2, D)), s)
-            s = tl.dot(b3, tl.trans(key_operand(codes, masks, 3, D)), s)
-            s = (s * unit_b[:, None] - offset[:, None]) * tl.load(scales + record * 2).to(tl.float32)[None, :]
-            s = tl.where(keep[None, :], s, float("-inf"))
-            top, factor, weights, total = softmax_step(s, top, total)
-            weights *= tl.load(scales + record * 2 + 1).to(tl.float32)[None, :]
-            shift = shift * factor + 1.5 * tl.sum(weights, 1)
-            p = weights.to(tl.float16)
-            codes = tl.load(v_codes + record[:, None] * Q + channel[None, :])
-            a0 = tl.dot(p, value_operand(codes, 0), a0 * factor[:, None])
-            a1 = tl.dot(p, value_operand(codes, 1), a1 * factor[:, None])
-            a2 = tl.dot(p, value_operand(codes, 2), a2 * factor[:, None])
-            a3 = tl.dot(p, value_operand(codes, 3), a3 * factor[:, None])
-        if tl.sum((hot & valid).to(tl.int32), 0) > 0:
-            for index in range(tile // PAGE, tl.minimum(tile // PAGE + TILE_PAGES, (prefix + PAGE - 1) // PAGE)):
-                one = (tl.load(row + index * PAGE) // PAGE).to(tl.int64)
-                level = tl.load(levels_ptr + one).to(tl.int32)
-                if level > 0:
-                    written = index * PAGE + tl.arange(0, PAGE) < prefix
-                    top, total, shift, a0, a1, a2, a3 = attend_hot(
-                        one, level, written, head, hot_k, hot_v, hot_scales, table_ptr,
-                        h0, h1, h2, h3, unit_h, top, total, shift, a0, a1, a2, a3, Hkv, D,
-                    )  # fmt: skip
-    store_planes(out_ptr + (rows * D)[:, None], row_ok, a0, a1, a2, a3, total, shift, D)
-    tl.store(lse_ptr + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=row_ok)
+    acc = tl.zeros([M, D], tl.float32)
+    token = tl.arange(0, TILE)
+    prefix_tiles = (prefix + TILE - 1) // TILE
+    tiles = prefix_tiles + (tl.minimum(first + M // GROUP, length) + TILE - 1) // TILE
+    first_tile = split * tiles // splits
+    last_tile = (split + 1) * tiles // splits
+    for tile in range(first_tile, tl.minimum(last_tile, prefix_tiles)):
+        at = tile * TILE + token
+        valid = at < prefix
+        page = (tl.load(row + at // PAGE * PAGE, mask=valid, other=0) // PAGE).to(tl.int64)
+        record = (page * Hkv + head) * PAGE + at % PAGE
+        codes = tl.load(k_codes + record[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :])
+        words = tl.load(v_words + record[:, None] * (D // 8) + tl.arange(0, D // 8)[None, :])
+        k_scale = tl.load(scales + record * 2, mask=valid, other=0.0)
+        v_scale = tl.load(scales + record * 2 + 1, mask=valid, other=0.0)
+        keys = record_keys(codes, (m0, m1, m2, m3), (s0, s1, s2, s3), (z0, z1, z2, z3), k_scale[:, None])
+        values = record_values(words, v_scale[:, None])
+        # Row j of a page's hot rows is its j-th hot token.
+        mask = tl.load(row_masks + page * Hkv + head)
+        hot = (((mask >> (at % PAGE)) & 1) != 0) & valid
+        if tl.sum(hot.to(tl.int32), 0) > 0:
+            index = _set_bits(mask & ((1 << (at % PAGE)) - 1))
+            block_number = tl.load(table_ptr + page * PAGE_BLOCKS + index // BLOCK_ROWS, mask=hot, other=0).to(tl.int64)
+            hot_at = (block_number * Hkv + head) * BLOCK_ROWS + index % BLOCK_ROWS
+            keys = _hot_rows(keys, hot, hot_at, hot_k, hot_scales, D, 0)
+            values = _hot_rows(values, hot, hot_at, hot_v, hot_scales, D, 1)
+        top, total, acc = _attend_tile(tl.dot(query, tl.trans(keys)), valid[None, :], values, top, total, acc)
+    for tile in range(tl.maximum(first_tile, prefix_tiles), last_tile):
+        at = (tile - prefix_tiles) * TILE + token
+        own = ((start + at).to(tl.int64) * Hkv + head)[:, None] * D + channel[None, :]
+        keys = tl.load(k_ptr + own, mask=(at < length)[:, None], other=0.0)
+        values = tl.load(v_ptr + own, mask=(at < length)[:, None], other=0.0)
+        top, total, acc = _attend_tile(tl.dot(query, tl.trans(keys)), at[None, :] <= position[:, None], values, top, total, acc)
+    out = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    if PARTIAL:
+        at_row += split.to(tl.int64) * total_rows
+        tl.store(lse_ptr + at_row, top + tl.log2(total), mask=row_ok)
+    else:
+        out += tl.load(mean_ptr + head * D + channel)[None, :]
+    tl.store(out_ptr + at_row[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
-def extend_prefix(
+@triton.jit(do_not_specialize=["splits", "total_rows"])
+def _merge_parts(partial_ptr, lse_ptr, mean_ptr, out_ptr, splits, total_rows, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr):
+    """Merge the parts of one query row; still in the value basis, V's mean added."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, D)
+    part = tl.arange(0, S)
+    lse = tl.load(lse_ptr + part * total_rows + row, mask=part < splits, other=float("-inf"))
+    weights = tl.exp2(lse - tl.max(lse, 0))
+    weights /= tl.sum(weights, 0)
+    at = (part.to(tl.int64) * total_rows + row)[:, None] * D + channel[None, :]
+    parts = tl.load(partial_ptr + at, mask=(part < splits)[:, None], other=0.0)
+    out = tl.sum(parts * weights[:, None], 0) + tl.load(mean_ptr + (row % Hq) // G * D + channel)
+    tl.store(out_ptr + row * D + channel, out.to(out_ptr.dtype.element_ty))
+
+
+def extend(
     query: torch.Tensor,
+    own: tuple[torch.Tensor, torch.Tensor],
     layer_cache: tuple[torch.Tensor, ...],
-    tables: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
     key_parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    value_mean: torch.Tensor,
     sequences: tuple[torch.Tensor, ...],
     blocks: tuple[torch.Tensor, torch.Tensor],
+    splits: int,
     out: torch.Tensor,
-    lse: torch.Tensor,
-    softmax_scale: float,
 ) -> None:
-    """Attention of the new tokens of a prefill batch to the cached tokens before them, in the value basis.
+    """Attention of the new tokens of a prefill batch to the cached tokens before them and, causally, to each other.
 
     Args:
-        query: float32 [T, Hq, D] in the key basis, sequence after sequence.
-        layer_cache, tables, key_parameters: as in `decode`.
+        query: fp16 [T, Hq, D] in the key basis, times the softmax scale and log2(e), sequence after sequence.
+        own: keys and values of the new tokens in their bases, fp16 [T, Hkv, D], contiguous.
+        layer_cache: k_codes, v_codes uint8 [P, Hkv, 32, D/4], scales fp16 [P, Hkv, 32, 2]; hot k, v int8 [N, Hkv, 2, D],
+            hot scales fp16 [N, Hkv, 2, 2]; row masks int32 [P, Hkv], bit i: token i is hot. All contiguous, of one layer.
+        block_table: int32 [P, 16].
+        key_parameters: key_step, key_zero float32 [Hkv, D]; key_masks uint8 [Hkv, 4, D/4].
+        value_mean: V's mean in the value basis, float32 [Hkv, D]; it is added to the output.
         sequences: req_to_token int32 [R, C]; rows of it int [B], prefix lengths int [B], first tokens in the batch int [B],
             numbers of new tokens int [B].
         blocks: request and first position (relative to the prefix) of each block of `block_tokens(G)` query tokens, int32.
-        out: float32 [T, Hq, D]; lse float32 [T, Hq], natural logarithm, -inf without a prefix; written.
-        softmax_scale: multiplies the scores.
+        splits: parts of the keys, see `extend_splits`.
+        out: [T, Hq, D] in the value basis, any float dtype; written.
     """
-    _, query_heads, dim = query.shape
-    kv_heads = key_parameters[0].shape[0]
+    tokens, query_heads, dim = query.shape
+    kv_heads = own[0].shape[1]
     group = query_heads // kv_heads
-    req_to_token, *rest = sequences
-    _extend_prefix[(len(blocks[0]), kv_heads)](
-        query, *layer_cache, *tables, *key_parameters, req_to_token, *rest, *blocks, out, lse, req_to_token.stride(0),
-        softmax_scale, Hkv=kv_heads, G=group, GROUP=triton.next_power_of_2(group), D=dim, M=ROWS, num_warps=8, num_stages=1,
+    rows = tokens * query_heads
+    k_codes, v_codes, *rest = layer_cache
+    req_to_token, *where = sequences
+    target, lse = out, value_mean
+    if splits > 1:
+        target = torch.empty(splits, tokens, query_heads, dim, dtype=torch.float32, device=out.device)
+        lse = torch.empty(splits, tokens, query_heads, dtype=torch.float32, device=out.device)
+    arguments = (
+        query, *own, k_codes, v_codes.view(torch.int16), *rest, block_table, *key_parameters, value_mean, req_to_token, *where, *blocks,
+        target, lse, req_to_token.stride(0), splits, rows,
     )  # fmt: skip
+    constants = {"Hkv": kv_heads, "G": group, "GROUP": triton.next_power_of_2(group), "D": dim, "PARTIAL": splits > 1}
+    grid = (kv_heads, len(blocks[0]), splits)
+    if torch.cuda.get_device_capability(query.device)[0] == 9:
+        extend_hopper[grid](*arguments, **constants, num_warps=4)
+    else:
+        _extend[grid](*arguments, **constants, M=ROWS, num_warps=8, num_stages=1)
+    if splits > 1:
+        _merge_parts[(rows,)](
+            target, lse, value_mean, out, splits, rows, Hq=query_heads, G=group, D=dim, S=triton.next_power_of_2(splits), num_warps=1
+        )

@@ -1,8 +1,8 @@
 """Turn new K and V rows into int8 rows in the codec's basis and put them into the hot pool.
 
 Specification: `Codec.keys_to_basis`, `values_to_basis`, `quantise_rows` and `HotPool.write`. The basis change accumulates in
-float32 here (float64 there), so a code may differ by one where a row lies within 1e-6 of a rounding edge; what is made of the
-int8 rows afterwards (`seal`) is bit-identical.
+float32 here (three tf32 products in prefill; float64 there), so an int8 code may differ by one where a row lies within 1e-6 of a
+rounding edge; what is made of the int8 rows afterwards (`seal`) is bit-identical.
 """
 
 import torch
@@ -12,6 +12,10 @@ import triton.language as tl
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS
 
 CHUNK = tl.constexpr(32)
+LARGEST_VALUE = tl.constexpr(32768.0)
+"""As `codec.int8_rows.LARGEST_VALUE`."""
+PREFILL_ROWS = 64
+"""Tokens of a program of the prefill kernels."""
 
 
 @triton.jit
@@ -29,17 +33,21 @@ def _times_matrix(row_ptr, mean_ptr, matrix_ptr, SUBTRACT: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def _quantise(y):
-    """int8 codes, fp16 scale and whether the row is bad (NaN, Inf, or too large for an fp16 scale)."""
-    largest = tl.max(tl.where(y == y, tl.abs(y), float("inf")), 0)
-    scale = tl.div_rn(largest, 127.0).to(tl.float16)
+def _quantise(y, AXIS: tl.constexpr):
+    """int8 codes, fp16 scales and whether a row is bad (NaN, Inf, beyond LARGEST_VALUE), of rows along AXIS."""
+    largest = tl.max(tl.where(y == y, tl.abs(y), float("inf")), AXIS)
+    bad = largest > LARGEST_VALUE
+    scale = tl.where(bad, 0.0, tl.div_rn(largest, 127.0)).to(tl.float16)
     wide = scale.to(tl.float32)
-    bad = (wide == float("inf")) | (wide != wide)
-    usable = (wide > 0) & ~bad
+    divisor = tl.where(wide > 0, wide, 1.0)
+    usable = wide > 0
+    if AXIS == 1:
+        divisor = divisor[:, None]
+        usable = usable[:, None]
     # Adding and subtracting 1.5 * 2**23 rounds to the nearest integer, ties to even, as torch.round does.
-    codes = tl.div_rn(y, tl.where(usable, wide, 1.0)) + 12582912.0 - 12582912.0
+    codes = tl.div_rn(y, divisor + tl.zeros_like(y)) + 12582912.0 - 12582912.0
     codes = tl.where(usable, tl.minimum(tl.maximum(codes, -127.0), 127.0), 0.0)
-    return codes.to(tl.int8), tl.where(bad, 0.0, wide).to(tl.float16), bad
+    return codes.to(tl.int8), scale, bad
 
 
 @triton.jit
@@ -58,7 +66,7 @@ def _store_hot(codes, scale, token_slot, head, rows_ptr, scales_ptr, table_ptr, 
 def _decode_rows(
     q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, slots_ptr, key_mean, key_basis, query_basis, value_mean, value_rotation,
     hot_k, hot_v, hot_scales, table_ptr, query_out, bad_ptr,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -71,39 +79,101 @@ def _decode_rows(
         slot = tl.load(slots_ptr + token).to(tl.int64)
         if part == G:
             row = k_ptr + token * k_stride + head * D
-            codes, scale, bad = _quantise(_times_matrix(row, key_mean + head * D, key_basis + matrix, True, D))
+            codes, scale, bad = _quantise(_times_matrix(row, key_mean + head * D, key_basis + matrix, True, D), 0)
             _store_hot(codes, scale, slot, head, hot_k, hot_scales, table_ptr, 0, Hkv, D)
         else:
             row = v_ptr + token * v_stride + head * D
-            codes, scale, bad = _quantise(_times_matrix(row, value_mean + head * D, value_rotation + matrix, True, D))
+            if ROTATE:
+                value = _times_matrix(row, value_mean + head * D, value_rotation + matrix, True, D)
+            else:
+                channel = tl.arange(0, D)
+                value = tl.load(row + channel).to(tl.float32) - tl.load(value_mean + head * D + channel)
+            codes, scale, bad = _quantise(value, 0)
             _store_hot(codes, scale, slot, head, hot_v, hot_scales, table_ptr, 1, Hkv, D)
         tl.atomic_add(bad_ptr, bad.to(tl.int32), mask=bad)
 
 
 @triton.jit
-def _quantise_rows(
-    key_ptr, value_ptr, slots_ptr, hot_k, hot_v, hot_scales, table_ptr, k8_ptr, v8_ptr, scales_ptr, bad_ptr,
-    Hkv: tl.constexpr, D: tl.constexpr,
+def _rows_times_matrix(row_ptr, stride, token, inside, mean_ptr, matrix_ptr, MULTIPLY: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    """(x - mean) A of M rows, float32 [M, D]; without MULTIPLY x - mean."""
+    if MULTIPLY:
+        out_channel = tl.arange(0, D)
+        acc = tl.zeros([M, D], tl.float32)
+        for start in tl.static_range(0, D, 32):
+            channel = start + tl.arange(0, CHUNK)
+            x = tl.load(row_ptr + token[:, None] * stride + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+            x -= tl.load(mean_ptr + channel)[None, :]
+            acc = tl.dot(x, tl.load(matrix_ptr + channel[:, None] * D + out_channel[None, :]), acc, input_precision="tf32x3")
+    else:
+        channel = tl.arange(0, D)
+        acc = tl.load(row_ptr + token[:, None] * stride + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        acc -= tl.load(mean_ptr + channel)[None, :]
+    return acc
+
+
+@triton.jit
+def _store_rows(
+    y, token, inside, head, slots_ptr, hot_ptr, hot_scales, table_ptr, half_ptr, int8_ptr, scales_ptr, bad_ptr,
+    WHICH: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    """Rows [M, D] in the basis: fp16 and int8 copies of the chunk, and the hot pool where a row's page has blocks."""
     channel = tl.arange(0, D)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
-    row = token * Hkv + head
-    k = tl.load(key_ptr + row * D + channel)
-    codes, scale, bad = _quantise(k)
-    tl.store(key_ptr + row * D + channel, tl.where(bad, 0.0, k))
-    tl.store(k8_ptr + row * D + channel, codes)
-    tl.store(scales_ptr + row * 2, scale)
-    _store_hot(codes, scale, slot, head, hot_k, hot_scales, table_ptr, 0, Hkv, D)
-    tl.atomic_add(bad_ptr, bad.to(tl.int32), mask=bad)
-    v = tl.load(value_ptr + row * D + channel)
-    codes, scale, bad = _quantise(v)
-    tl.store(value_ptr + row * D + channel, tl.where(bad, 0.0, v))
-    tl.store(v8_ptr + row * D + channel, codes)
-    tl.store(scales_ptr + row * 2 + 1, scale)
-    _store_hot(codes, scale, slot, head, hot_v, hot_scales, table_ptr, 1, Hkv, D)
-    tl.atomic_add(bad_ptr, bad.to(tl.int32), mask=bad)
+    codes, scale, bad = _quantise(y, 1)
+    row = token.to(tl.int64) * Hkv + head
+    at = row[:, None] * D + channel[None, :]
+    tl.store(half_ptr + at, tl.where(bad[:, None], 0.0, y).to(tl.float16), mask=inside[:, None])
+    tl.store(int8_ptr + at, codes, mask=inside[:, None])
+    tl.store(scales_ptr + row * 2 + WHICH, scale, mask=inside)
+    slot = tl.load(slots_ptr + token, mask=inside, other=0).to(tl.int64)
+    block = tl.load(table_ptr + slot // PAGE * PAGE_BLOCKS + slot % PAGE // BLOCK_ROWS)
+    hot = inside & (block >= 0)
+    at = (block.to(tl.int64) * Hkv + head) * BLOCK_ROWS + slot % PAGE % BLOCK_ROWS
+    tl.store(hot_ptr + at[:, None] * D + channel[None, :], codes, mask=hot[:, None])
+    tl.store(hot_scales + at * 2 + WHICH, scale, mask=hot)
+    count = tl.sum((bad & inside).to(tl.int32), 0)
+    tl.atomic_add(bad_ptr, count, mask=count > 0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _prefill_rows(
+    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, slots_ptr, key_mean, key_basis, query_basis, value_mean, value_rotation, zeros,
+    hot_k, hot_v, hot_scales, table_ptr, query_out, k_half, v_half, k8_ptr, v8_ptr, scales_ptr, bad_ptr, tokens, query_scale,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * M + tl.arange(0, M)
+    inside = token < tokens
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    matrix = head * D * D
+    wide = token.to(tl.int64)
+    if part < G:
+        query_head = head * G + part
+        y = _rows_times_matrix(q_ptr + query_head * D, q_stride, wide, inside, zeros, query_basis + matrix, True, D, M)
+        at = ((wide * Hkv * G + query_head) * D)[:, None] + tl.arange(0, D)[None, :]
+        y = tl.minimum(tl.maximum(y * query_scale, -LARGEST_VALUE), LARGEST_VALUE)
+        tl.store(query_out + at, y.to(tl.float16), mask=inside[:, None])
+    elif part == G:
+        y = _rows_times_matrix(k_ptr + head * D, k_stride, wide, inside, key_mean + head * D, key_basis + matrix, True, D, M)
+        _store_rows(y, token, inside, head, slots_ptr, hot_k, hot_scales, table_ptr, k_half, k8_ptr, scales_ptr, bad_ptr, 0, Hkv, D)
+    else:
+        y = _rows_times_matrix(v_ptr + head * D, v_stride, wide, inside, value_mean + head * D, value_rotation + matrix, ROTATE, D, M)
+        _store_rows(y, token, inside, head, slots_ptr, hot_v, hot_scales, table_ptr, v_half, v8_ptr, scales_ptr, bad_ptr, 1, Hkv, D)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _leave_basis(o_ptr, rotation_ptr, mean_ptr, out_ptr, tokens, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
+    """out = o R^T + mu of M tokens of one query head."""
+    token = tl.program_id(0) * M + tl.arange(0, M)
+    query_head = tl.program_id(1)
+    head = query_head // G
+    channel = tl.arange(0, D)
+    at = (token.to(tl.int64) * Hq + query_head)[:, None] * D + channel[None, :]
+    inside = (token < tokens)[:, None]
+    o = tl.load(o_ptr + at, mask=inside, other=0.0)
+    # R^T [c, e] = R[e, c]
+    rotation = tl.load(rotation_ptr + head * D * D + channel[None, :] * D + channel[:, None]).to(tl.float16)
+    out = tl.dot(o, rotation) + tl.load(mean_ptr + head * D + channel)[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def write_decode(
@@ -116,6 +186,7 @@ def write_decode(
     block_table: torch.Tensor,
     query_out: torch.Tensor,
     bad_rows: torch.Tensor,
+    rotate_values: bool,
 ) -> None:
     """One launch for a decode step: queries into the key basis, new K and V rows into the hot pool.
 
@@ -126,35 +197,69 @@ def write_decode(
         hot: k and v rows int8 [N, Hkv, 2, D], scales fp16 [N, Hkv, 2, 2], of one layer.
         block_table: int32 [P, 16].
         query_out: float32 [B, Hq, D]; written.
-        bad_rows: int32 [1]; rows with NaN or Inf are added.
+        bad_rows: int32 [1]; rows with NaN, Inf or values beyond LARGEST_VALUE are added.
+        rotate_values: False where the value projection already gives rotated values (`Codec.values_folded`).
     """
     batch, query_heads, dim = q.shape
     kv_heads = k.shape[1]
     group = query_heads // kv_heads
     _decode_rows[(batch, kv_heads, group + 2)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query_out, bad_rows,
-        Hkv=kv_heads, G=group, D=dim, num_warps=4,
+        Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, num_warps=4,
     )  # fmt: skip
 
 
-def write_rows(
-    key: torch.Tensor,
-    value: torch.Tensor,
+def write_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     slots: torch.Tensor,
+    parameters: tuple[torch.Tensor, ...],
     hot: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    query_scale: float,
     bad_rows: torch.Tensor,
-) -> None:
-    """Rows of a prefill chunk, already in the basis: quantise, keep a copy, and store those whose pages hold hot blocks.
+    rotate_values: bool,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """One launch for a prefill batch: queries, keys and values into their bases; rows whose pages hold hot blocks into the hot pool.
 
     Args:
-        key, value: float32 [T, Hkv, D], contiguous; bad rows are zeroed in place.
+        q: [T, Hq, D]; k, v: [T, Hkv, D], any float dtype, rows contiguous within a token.
         slots: int [T].
-        hot, block_table, bad_rows: as in `write_decode`.
-        rows: k8, v8 int8 [T, Hkv, D], scales fp16 [T, Hkv, 2] (K, V); written.
+        parameters, hot, block_table, bad_rows, rotate_values: as in `write_decode`.
+        query_scale: multiplies the queries.
+
+    Returns:
+        query fp16 [T, Hq, D]; keys and values fp16 [T, Hkv, D], bad rows zeroed; their int8 rows k8, v8 [T, Hkv, D] with scales
+        fp16 [T, Hkv, 2] (K, V).
     """
-    tokens, kv_heads, dim = key.shape
-    _quantise_rows[(tokens, kv_heads)](
-        key, value, slots, *hot, block_table, *rows, bad_rows, Hkv=kv_heads, D=dim, num_warps=1 if dim <= 128 else 2
+    tokens, query_heads, dim = q.shape
+    kv_heads = k.shape[1]
+    query = torch.empty_like(q, dtype=torch.float16, memory_format=torch.contiguous_format)
+    own = tuple(torch.empty(tokens, kv_heads, dim, dtype=torch.float16, device=q.device) for _ in range(2))
+    rows = (
+        torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
+        torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
+        torch.empty(tokens, kv_heads, 2, dtype=torch.float16, device=q.device),
     )
+    group = query_heads // kv_heads
+    zeros = torch.zeros(dim, dtype=torch.float32, device=q.device)
+    _prefill_rows[(triton.cdiv(tokens, PREFILL_ROWS), kv_heads, group + 2)](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, zeros, *hot, block_table, query, *own, *rows, bad_rows,
+        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, M=PREFILL_ROWS, num_warps=4,
+    )  # fmt: skip
+    return query, own, rows
+
+
+def leave_basis(o: torch.Tensor, rotation: torch.Tensor, mean: torch.Tensor, out: torch.Tensor) -> None:
+    """out = o R^T + mu for prefill outputs.
+
+    Args:
+        o: fp16 [T, Hq, D] in the value basis, contiguous.
+        rotation: float32 [Hkv, D, D]; mean: float32 [Hkv, D].
+        out: [T, Hq, D], any float dtype, contiguous; written.
+    """
+    tokens, query_heads, dim = o.shape
+    group = query_heads // rotation.shape[0]
+    grid = (triton.cdiv(tokens, PREFILL_ROWS), query_heads)
+    _leave_basis[grid](o, rotation, mean, out, tokens, Hq=query_heads, G=group, D=dim, M=PREFILL_ROWS, num_warps=4)

@@ -8,11 +8,12 @@ from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.decode import decode, has_fast_kernels, list_hot_pages
-from oscar_radix.kernels.extend import block_tokens, extend_prefix
-from oscar_radix.kernels.merge import merge_states
+from oscar_radix.kernels.extend import block_tokens, extend, extend_splits
 from oscar_radix.kernels.seal import seal
-from oscar_radix.kernels.write import write_decode, write_rows
+from oscar_radix.kernels.write import leave_basis, write_decode, write_prefill
 from oscar_radix.pool.store import KVStore
+
+LOG2_E = 1.4426950408889634
 
 RECORD_PROGRAMS = 16
 """One-warp programs of 128 registers that a multiprocessor holds: the records' split-KV fills the GPU exactly once."""
@@ -71,8 +72,9 @@ class TritonAttention:
         device = store.device
         geometry = store.geometry
         self._fast = has_fast_kernels(geometry.head_dim, geometry.group)
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._programs = (RECORD_PROGRAMS if self._fast else GENERAL_PROGRAMS) * multiprocessors
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._programs = (RECORD_PROGRAMS if self._fast else GENERAL_PROGRAMS) * self._multiprocessors
+        self._no_mean = torch.zeros(geometry.kv_heads, geometry.head_dim, dtype=torch.float32, device=device)
         rows = max(count * sum(self.splits(count)) for count in range(1, max_requests + 1))
         self._partial = torch.empty(rows * geometry.query_heads * geometry.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows * geometry.query_heads, dtype=torch.float32, device=device)
@@ -100,7 +102,18 @@ class TritonAttention:
         count, query_heads, dim = q.shape
         query = torch.empty(count, query_heads, dim, dtype=torch.float32, device=q.device)
         hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
-        write_decode(q, k, v, batch.slots, codec.basis_parameters(layer), hot_rows, hot.device_block_table, query, self.store.bad_rows)
+        write_decode(
+            q,
+            k,
+            v,
+            batch.slots,
+            codec.basis_parameters(layer),
+            hot_rows,
+            hot.device_block_table,
+            query,
+            self.store.bad_rows,
+            not codec.values_folded,
+        )
         seal(batch.slots, hot_rows, self._records(layer), codec.seal_parameters(layer), hot.device_block_table, newest_slots=True)
         splits = self.splits(count)
         total = sum(splits)
@@ -129,57 +142,41 @@ class TritonAttention:
     ) -> torch.Tensor:
         """New tokens of a prefill batch: q [T, Hq, D], k and v [T, Hkv, D]; returns [T, Hq, D] in q's dtype."""
         codec, hot, plan = self._codec(), self.store.hot, batch.write
-        key, value = codec.keys_to_basis(layer, k).contiguous(), codec.values_to_basis(layer, v).contiguous()
-        rows = (
-            torch.empty_like(key, dtype=torch.int8),
-            torch.empty_like(value, dtype=torch.int8),
-            torch.empty(*key.shape[:2], 2, dtype=torch.float16, device=key.device),
-        )
         hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
-        write_rows(key, value, batch.slots, hot_rows, hot.device_block_table, rows, self.store.bad_rows)
+        query, own, rows = write_prefill(
+            q,
+            k,
+            v,
+            batch.slots,
+            codec.basis_parameters(layer),
+            hot_rows,
+            hot.device_block_table,
+            softmax_scale * LOG2_E,
+            self.store.bad_rows,
+            not codec.values_folded,
+        )
         parameters = codec.seal_parameters(layer)
         seal(plan.seal_pages, hot_rows, self._records(layer), parameters, hot.device_block_table)
         seal(plan.direct_pages, rows, self._records(layer), parameters, starts=plan.direct_tokens[:, 0].contiguous())
-        own, own_lse = self._own_chunk(layer, q, k, v, batch.lengths, softmax_scale)
-        if not batch.has_prefix:
-            return own
-        query = codec.queries_to_basis(layer, q).contiguous()
-        prefix, prefix_lse = torch.empty_like(query), torch.empty(query.shape[:2], dtype=torch.float32, device=q.device)
-        tables = (hot.device_block_table, hot.device_levels)
-        extend_prefix(
+        out = torch.empty_like(query, dtype=q.dtype)
+        folded = codec.values_folded
+        target, mean = (out, codec.value_mean[layer]) if folded else (torch.empty_like(query), self._no_mean)
+        splits = extend_splits(len(batch.blocks[0]) * self.store.geometry.kv_heads, self._multiprocessors) if batch.has_prefix else 1
+        extend(
             query,
+            own,
             self._layer_cache(layer),
-            tables,
+            hot.device_block_table,
             codec.key_parameters(layer),
+            mean,
             batch.sequences,
             batch.blocks,
-            prefix,
-            prefix_lse,
-            softmax_scale,
+            splits,
+            target,
         )
-        out, _ = merge_states(codec.output_from_basis(layer, prefix), prefix_lse, own.float(), own_lse)
-        return out.to(q.dtype)
-
-    def _own_chunk(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], softmax_scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Causal attention of each sequence's new tokens among themselves, unquantised: [T, Hq, D] in q's dtype, lse [T, Hq].
-
-        The scores of the cache are q (k - mu); here they are q k, so q mu is taken off the log-sum-exp.
-        """
-        codec, group = self.store.codec, self.store.geometry.group
-        k = torch.where(k.isfinite().all(-1, keepdim=True), k, codec.key_mean[layer].to(k.dtype))
-        v = torch.where(v.isfinite().all(-1, keepdim=True), v, codec.value_mean[layer].to(v.dtype))
-        key, value = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        outs, lses = [], []
-        for rows in zip(*(x.split(lengths) for x in (q, key, value)), strict=True):
-            by_head = (x.transpose(0, 1).unsqueeze(0) for x in rows)
-            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*by_head, 0.0, True, scale=softmax_scale)
-            outs.append(out[0].transpose(0, 1))
-            lses.append(lse[0].transpose(0, 1))
-        mean = codec.key_mean[layer].repeat_interleave(group, dim=0)
-        offset = (q.float() * mean).sum(dim=-1) * softmax_scale
-        return torch.cat(outs).contiguous(), torch.cat(lses) - offset
+        if not folded:
+            leave_basis(target, *codec.value_parameters(layer), out)
+        return out
 
     def _codec(self) -> SteppedCodec:
         codec = self.store.codec
