@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.kernels.keep_rows import keep_rows
 
 BLOCK_ROWS = 2
 """int8 rows of K and of V per (layer, KV head) in one hot block."""
@@ -90,29 +91,42 @@ class HotPool:
         self._changed.add(page)
 
     def shrink(self, page: int, rows: torch.Tensor) -> None:
-        """Keep only some rows of a whole page, and free the other blocks.
+        """Keep only some rows of a page, and free the other blocks.
 
         Args:
-            page: a page at level 32.
-            rows: int64 [layers, Hkv, r], distinct token numbers per (layer, head); r is even and below 32.
+            page: a page that holds more rows.
+            rows: int64 [layers, Hkv, r], distinct token numbers per (layer, head), all of them held; r is even.
         """
-        kept = rows.shape[-1]
-        if self.levels[page] != PAGE_TOKENS or kept % BLOCK_ROWS or not 0 < kept < PAGE_TOKENS:
-            raise RuntimeError(f"page {page} is at level {self.levels[page]}; cannot keep {kept} of its rows")
-        blocks = torch.from_numpy(self.block_table[page].astype(np.int64)).to(self.device)
-        target = blocks[: kept // BLOCK_ROWS]
-        layers, heads = rows.shape[:2]
-        for buffer in (self.k_rows, self.v_rows, self.scales):
-            # [L, Hkv, 32, ...] in token order, gathered to [L, Hkv, r, ...]
-            whole = buffer[:, blocks].movedim(2, 1).reshape(layers, heads, PAGE_TOKENS, -1)
-            chosen = whole.gather(2, rows[..., None].expand(-1, -1, -1, whole.shape[-1]))
-            buffer[:, target] = chosen.view(layers, heads, kept // BLOCK_ROWS, BLOCK_ROWS, -1).movedim(1, 2)
-        self.row_numbers[:, target] = rows.to(torch.uint8).view(layers, heads, kept // BLOCK_ROWS, BLOCK_ROWS).movedim(1, 2)
-        self.row_masks[:, page] = (torch.ones_like(rows) << rows).sum(dim=-1).to(torch.int32)
-        self._free.extend(self.block_table[page, kept // BLOCK_ROWS :].tolist())
-        self.block_table[page, kept // BLOCK_ROWS :] = -1
-        self.levels[page] = kept
-        self._changed.add(page)
+        scores = torch.zeros(*rows.shape[:2], PAGE_TOKENS, device=rows.device).scatter_(-1, rows, 1.0)
+        self.shrink_pages(np.array([page]), rows.shape[-1], scores[None].to(self.device))
+
+    def shrink_pages(self, pages: np.ndarray, level: int, scores: torch.Tensor) -> None:
+        """Keep the `level` rows of largest score of each page, per (layer, head), and free the other blocks.
+
+        Args:
+            pages: int64 [N], distinct, each at a level above `level`.
+            level: even, above 0.
+            scores: float32 [N, layers, Hkv, 32] on the pool's device, by token number; ties go to the lower number, NaN is lowest.
+
+        Raises:
+            RuntimeError: naming the first page that does not hold more than `level` rows; nothing has changed then.
+        """
+        kept = level // BLOCK_ROWS
+        wrong = pages[(self.levels[pages] <= level) | (level <= 0) | (level % BLOCK_ROWS != 0)]
+        if len(wrong):
+            raise RuntimeError(f"page {wrong[0]} is at level {self.levels[wrong[0]]}; cannot keep {level} of its rows")
+        index, blocks = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (pages, self.block_table[pages]))
+        hot = (self.k_rows, self.v_rows, self.scales, self.row_numbers)
+        if self.device.type == "cpu":
+            lower = keep_rows
+        else:
+            from oscar_radix.kernels.levels import keep_rows_kernel as lower  # Triton is needed on GPUs only
+        lower(hot, self.row_masks, index, blocks, scores.contiguous(), level)
+        freed = self.block_table[pages, kept:]
+        self._free.extend(freed[freed >= 0].tolist())
+        self.block_table[pages, kept:] = -1
+        self.levels[pages] = level
+        self._changed.update(pages.tolist())
 
     def move(self, source: int, target: int) -> None:
         """Hand the blocks of page `source` to page `target`, which holds none; `source` is left at level 0."""
