@@ -2,6 +2,7 @@
 
 import torch
 
+from oscar_radix.attention.mass import MassSample
 from oscar_radix.attention.plan import ForwardPlan, ReadPlan, WritePlan
 from oscar_radix.codec.int8_rows import dequantise_rows, quantise_rows
 from oscar_radix.geometry import PAGE_TOKENS
@@ -20,6 +21,8 @@ class TorchAttention:
 
     def __init__(self, store: KVStore):
         self.store = store
+        self.sample: MassSample | None = None
+        """Where a sampled forward's queries are kept; None, the default, keeps none."""
 
     def run(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: ForwardPlan, scale: float) -> torch.Tensor:
         """Attention output of the forward's T tokens.
@@ -39,10 +42,12 @@ class TorchAttention:
         self._write(layer, rows, plan.write)
         query = codec.queries_to_basis(layer, q)
         out = torch.empty_like(query)
-        for read in plan.reads:
+        for request, read in enumerate(plan.reads):
             span = slice(read.start, read.end)
             own = (key[span], value[span]) if read.own_chunk else None
-            out[span] = self._attend(layer, query[span], read, own, scale)
+            out[span], lse = self._attend(layer, query[span], read, own, scale)
+            if self.sample is not None:
+                self.sample.keep(layer, request, query[span], lse)
         return codec.output_from_basis(layer, out).to(q.dtype)
 
     def _rows(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Rows]:
@@ -67,7 +72,7 @@ class TorchAttention:
 
     def _attend(
         self, layer: int, query: torch.Tensor, read: ReadPlan, own: tuple[torch.Tensor, torch.Tensor] | None, scale: float
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         states = []
         if len(read.base_pages):
             k, v, mask = self._base(layer, read)
@@ -85,7 +90,7 @@ class TorchAttention:
         out, lse = states[0]
         for other, other_lse in states[1:]:
             out, lse = merge_states(out, lse, other, other_lse)
-        return out
+        return out, lse
 
     def _base(self, layer: int, read: ReadPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Keys and values of the base pages [Hkv, N * 32, D], and a mask [Hkv, 1, N * 32] that leaves out hot rows."""

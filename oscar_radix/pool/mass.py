@@ -1,0 +1,137 @@
+"""Attention mass of a bounded set of pages, in slots that pages come by and give back."""
+
+import numpy as np
+import torch
+
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
+
+
+class MassTable:
+    """Mass float32 [layers, slots, Hkv, 32] and visits float32 [slots, 32] of the pages that hold a slot.
+
+    Mass matters for pages whose rows may still be chosen, so the number of slots is a choice; a slot takes 4 bytes a token, layer and
+    KV head, 5.9 % of a record at head dim 128. float32, since GPUs add single 16-bit values by compare-and-swap loops only.
+    A token's mass is the sum, over sampled queries and the heads of a GQA group, of its attention probability; its visits
+    are the queries that could see it. Changes to the device's tables are ordered with the kernels of the current stream.
+
+    Args:
+        geometry: attention shape of this rank.
+        pages: page numbers, page 0 (padding, never tracked) included.
+        slots: pages that can be tracked at a time.
+        device: where the buffers live.
+    """
+
+    def __init__(self, geometry: Geometry, pages: int, slots: int, device: torch.device | str):
+        if slots < 1:
+            raise ValueError(f"a mass table needs a slot at least, not {slots}")
+        self.device = torch.device(device)
+        self.capacity = slots
+        self.values = torch.zeros(geometry.layers, slots, geometry.kv_heads, PAGE_TOKENS, dtype=torch.float32, device=device)
+        self.visits = torch.zeros(slots, PAGE_TOKENS, dtype=torch.float32, device=device)
+        self.slots = np.full(pages, -1, dtype=np.int32)
+        self.device_slots = torch.from_numpy(self.slots).to(device)
+        self._free = list(range(slots - 1, -1, -1))
+        self._changed: set[int] = set()
+
+    # Ownership -------------------------------------------------------------------------------------------------------
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no page holds."""
+        return len(self._free)
+
+    def track(self, pages: np.ndarray) -> np.ndarray:
+        """Give empty slots to pages that hold none, in order, as long as there are any.
+
+        Args:
+            pages: int64 [N], distinct, without page 0.
+
+        Returns:
+            bool [N], the pages that hold a slot now.
+        """
+        if (pages == 0).any():
+            raise ValueError("page 0 is padding; its attention means nothing")
+        new = pages[self.slots[pages] < 0][: len(self._free)]
+        if len(new):
+            taken = [self._free.pop() for _ in range(len(new))]
+            self.slots[new] = taken
+            index = self._upload(np.array(taken))
+            self.values[:, index] = 0.0
+            self.visits[index] = 0.0
+            self._changed.update(new.tolist())
+        return self.slots[pages] >= 0
+
+    def drop(self, pages: np.ndarray) -> None:
+        """Take back the slots of those of `pages` (int64 [N]) that hold one; their mass is forgotten."""
+        held = pages[self.slots[pages] >= 0]
+        self._free.extend(self.slots[held].tolist())
+        self.slots[held] = -1
+        self._changed.update(held.tolist())
+
+    def move(self, source: int, target: int) -> None:
+        """Page `target` takes the slot of page `source` and gives back its own: both hold the same tokens."""
+        self.drop(np.array([target]))
+        self.slots[target], self.slots[source] = self.slots[source], -1
+        self._changed.update((source, target))
+
+    def clear(self) -> None:
+        """All slots to the free list."""
+        self.slots.fill(-1)
+        self.device_slots.fill_(-1)
+        self._free = list(range(self.capacity - 1, -1, -1))
+        self._changed.clear()
+
+    def sync(self) -> None:
+        """Bring the device's slots up to date; before a sampled forward's mass is added."""
+        if self._changed and self.device.type != "cpu":
+            pages = np.fromiter(self._changed, dtype=np.int64)
+            self.device_slots[self._upload(pages)] = self._upload(self.slots[pages])
+        self._changed.clear()
+
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    # Mass ------------------------------------------------------------------------------------------------------------
+
+    def decay(self, factor: float) -> None:
+        """Multiply all mass and all visits by `factor`: old readers count less, and the mass per visit stays."""
+        self.values *= factor
+        self.visits *= factor
+
+    def row_scores(self, pages: np.ndarray) -> torch.Tensor:
+        """Mass per query that could see the token: float32 [N, layers, Hkv, 32], 0 without visits and for pages without a slot."""
+        slots, held = self._held(pages)
+        visits = self.visits[slots][:, None, None, :]
+        return torch.where(held[:, None, None, None] & (visits > 0), self.values[:, slots].transpose(0, 1) / visits, 0.0)
+
+    def page_mass(self, pages: np.ndarray) -> torch.Tensor:
+        """Mass of whole pages over all layers, heads and readers, not divided by visits: float32 [N], 0 for pages without a slot."""
+        slots, held = self._held(pages)
+        return torch.where(held, self.values[:, slots].sum(dim=(0, 2, 3)), 0.0)
+
+    def _held(self, pages: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        slots = self._upload(self.slots[pages].astype(np.int64))
+        return slots.clamp(min=0), slots >= 0
+
+    # Bytes -----------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def slot_bytes(geometry: Geometry) -> int:
+        """Bytes of one slot: mass of all layers and heads, visits."""
+        return (geometry.layers * geometry.kv_heads + 1) * PAGE_TOKENS * 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of mass, visits and the slot of every page."""
+        return self.values.nbytes + self.visits.nbytes + self.device_slots.nbytes
+
+    def check_integrity(self) -> None:
+        """Every slot is free or one page's.
+
+        Raises:
+            RuntimeError: naming the first slots that have not exactly one owner.
+        """
+        owners = np.bincount(np.concatenate([self._free, self.slots[self.slots >= 0]]).astype(np.int64), minlength=self.capacity)
+        if (owners != 1).any():
+            wrong = np.flatnonzero(owners != 1)
+            raise RuntimeError(f"{len(wrong)} of {self.capacity} mass slots have {owners[wrong][:4]} owners, not 1; first: {wrong[:4]}")
