@@ -64,7 +64,7 @@ def sample_of(store: KVStore, table: MassTable, lengths: list[int], queries: int
     draw = torch.Generator().manual_seed(seed)
     device, geometry = store.device, store.geometry
     sample = MassSample(store, table, len(lengths) + 1, queries)
-    sample.query.copy_(torch.randn(sample.query.shape, generator=draw) * 2)
+    sample.query.copy_(torch.randn(sample.query.shape, generator=draw) * 6)
     counts = [-(-length // PAGE_TOKENS) for length in lengths]
     numbers = torch.randperm(store.pages, generator=draw).numpy() + 1
     pages = np.zeros((len(lengths), max(counts) + 3), dtype=np.int32)
@@ -101,8 +101,9 @@ def compare_mass(geometry: Geometry, lengths: list[int], queries: int, nearest: 
     sample.table = tables[1]
     sample.table.sync()
     sample._launch(*sequences, SCALE, nearest)
-    assert tables[0].values.max() > 0.6
-    torch.testing.assert_close(tables[1].values, tables[0].values, rtol=5e-3, atol=2e-3)
+    ours, theirs = tables[1].values - 0.5, tables[0].values - 0.5
+    assert theirs.max() > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
     torch.testing.assert_close(tables[1].visits, tables[0].visits, rtol=0, atol=0)
     free = torch.tensor(tables[1]._free, device=device)
     assert (tables[1].values[:, free] == 0.5).all(), "slots of no page"
