@@ -43,6 +43,16 @@ class MassSample:
             self.query[layer, request, wanted - count :] = query[-count:]
             self.lse[layer, request, wanted - count :] = lse[-count:]
 
+    def keep_rows(self, layer: int, query: torch.Tensor, lse: torch.Tensor, rows: torch.Tensor) -> None:
+        """`keep` for a whole batch without the host: query [N, Hq, D] and lse [N, Hq] of all new tokens.
+
+        Args:
+            rows: int64 [B, queries] of `last_rows`, on the device; B at most `requests`.
+        """
+        index = rows.clamp(min=0)
+        self.query[layer, : len(rows)] = query[index].float()
+        self.lse[layer, : len(rows)] = lse[index].masked_fill(rows[..., None] < 0, float("inf"))
+
     def add(self, pages: torch.Tensor, lengths: torch.Tensor, scale: float, nearest: int = 0) -> None:
         """Add the mass of the forward's first B sequences to the pages that hold a slot.
 
@@ -98,6 +108,13 @@ class MassSample:
             scale,
             nearest,
         )
+
+
+def last_rows(lengths: list[int], queries: int) -> np.ndarray:
+    """Which of a prefill batch's tokens are the last `queries` of each sequence of `lengths` new tokens: int64 [B, queries], -1: none."""
+    ends = np.cumsum(lengths)[:, None]
+    rows = ends - queries + np.arange(queries)
+    return np.where(rows < ends - np.array(lengths)[:, None], -1, rows)
 
 
 def page_keys(store: KVStore, layer: int, pages: np.ndarray) -> torch.Tensor:

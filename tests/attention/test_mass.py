@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oscar_radix.attention.mass import MassSample, page_table
+from oscar_radix.attention.mass import MassSample, last_rows, page_table
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.policy.base import LEVELS
 from oscar_radix.pool.mass import MassTable
@@ -144,6 +144,22 @@ def test_the_nearest_tokens_can_be_left_out(nearest):
     torch.testing.assert_close(mass[:, :seen].double(), dense_mass(batch, 0, 0)[:, :seen], rtol=1e-4, atol=1e-5)
     assert not mass[:, seen:].any()
     assert table.visits.sum() == seen
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8])
+def test_a_batch_is_kept_at_once_as_one_by_one(queries):
+    batch = Batch(group=2, head_dim=64, count=1)
+    lengths = [5, 1, 9, 3]
+    generator = torch.Generator().manual_seed(queries)
+    query, lse = torch.randn(18, 4, 64, generator=generator), torch.randn(18, 4, generator=generator)
+    samples = [MassSample(batch.store, table_for(batch), requests=4, queries=queries) for _ in range(2)]
+    samples[0].keep_rows(1, query, lse, torch.from_numpy(last_rows(lengths, queries)))
+    for request, (q, one) in enumerate(zip(query.split(lengths), lse.split(lengths), strict=True)):
+        samples[1].keep(1, request, q, one)
+    assert torch.equal(samples[0].lse, samples[1].lse)
+    counted = samples[0].lse.isfinite()
+    assert int(counted[1, :, :, 0].sum()) == sum(min(length, queries) for length in lengths)
+    assert torch.equal(samples[0].query[counted], samples[1].query[counted])
 
 
 def test_a_forward_that_is_not_sampled_keeps_nothing():
