@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.policy import POLICIES
 
+FOLD_VALUES = ("auto", "off")
+
 
 @dataclass(frozen=True)
 class OscarConfig:
@@ -16,6 +18,7 @@ class OscarConfig:
         policy: what becomes of the hot rows of pages outside every recent window.
         recent_tokens: W, the tokens before the end of a sequence that stay at int8.
         hot_fraction: share of the KV byte budget that the hot pool takes.
+        fold_values: "auto" folds the rotation of V into the model's weights where that is possible, "off" never does.
         log_interval: forwards between two periodic log lines.
     """
 
@@ -24,6 +27,7 @@ class OscarConfig:
     policy: str = "none"
     recent_tokens: int = 256
     hot_fraction: float = 0.12
+    fold_values: str = "auto"
     log_interval: int = 200
 
     def __post_init__(self) -> None:
@@ -35,6 +39,8 @@ class OscarConfig:
             )
         if not 0.0 < self.hot_fraction <= 0.9:
             raise ValueError(f"--oscar-hot-fraction {self.hot_fraction} must be above 0 and at most 0.9")
+        if self.fold_values not in FOLD_VALUES:
+            raise ValueError(f"--oscar-fold-values {self.fold_values} is unknown; choose from {', '.join(FOLD_VALUES)}")
 
     @property
     def recent_pages(self) -> int:

@@ -28,6 +28,7 @@ class Metrics:
             "calibration": self.calibration_source,
             "page_tokens": PAGE_TOKENS,
             "recent_tokens": self.config.recent_tokens,
+            "values_folded": store.codec.values_folded,
             "kv_budget_bytes": self.sizes.budget_bytes,
             "max_total_num_tokens": self.sizes.tokens,
             "bf16_tokens_at_same_bytes": self.sizes.bf16_tokens,
@@ -47,9 +48,10 @@ class Metrics:
         """Recipe, calibration, capacity against bf16, effective bits."""
         sizes, store = self.sizes, self.store
         held = store.allocated_bytes
+        rotation = "folded into the weights" if store.codec.values_folded else "at run time"
         return [
             f"kv-quant oscar: recipe {self.config.recipe}, policy {self.config.policy}, recent window {self.config.recent_tokens} tokens, "
-            f"calibration {self.calibration_source}",
+            f"calibration {self.calibration_source}; rotation of V {rotation}",
             f"kv-quant oscar: {sizes.tokens} tokens of KV in {sizes.budget_bytes / MIB:.1f} MiB, {sizes.capacity_ratio:.2f} times the "
             f"{sizes.bf16_tokens} of bf16; {store.effective_bits:.2f} effective bits per element (codes {held['codes'] / MIB:.1f}, scales "
             f"{held['scales'] / MIB:.1f}, hot pool {held['hot_pool'] / MIB:.1f}, tables {held['tables'] / MIB:.2f}, codec parameters "

@@ -12,6 +12,7 @@ from oscar_radix.attention.plan import ForwardPlan, plan_forward
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.attend import attend
+from oscar_radix.patches.fold_values import prepare_to_fold
 from oscar_radix.patches.refusals import Refused
 from oscar_radix.patches.runtime import Runtime
 from oscar_radix.sequence import Sequence
@@ -29,6 +30,7 @@ class OscarAttentionBackend(AttentionBackend):
     def __init__(self, runner: Any, runtime: Runtime):
         super().__init__()
         _refuse_layers(runner.model)
+        prepare_to_fold(runtime.store.codec, runner.model, runner.server_args)
         self.runtime = runtime
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.first_layer = runner.token_to_kv_pool.start_layer

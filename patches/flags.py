@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
-from oscar_radix.config import OscarConfig
+from oscar_radix.config import FOLD_VALUES, OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags
 from oscar_radix.patches.targets import problems
@@ -75,6 +75,13 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
         default=0.12,
         help="Share of the KV byte budget for the pool of int8 rows. Default: 0.12.",
     )
+    group.add_argument(
+        "--oscar-fold-values",
+        choices=list(FOLD_VALUES),
+        default="auto",
+        help="'auto' folds the rotation of V into the value and output projections where the model allows it (faster; weights then cannot "
+        "be updated or exported while the server runs), 'off' rotates at run time. Default: auto.",
+    )
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> Any:
@@ -88,6 +95,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
             policy=args.oscar_policy,
             recent_tokens=args.oscar_recent_tokens,
             hot_fraction=args.oscar_hot_fraction,
+            fold_values=args.oscar_fold_values,
         )
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_device(device, config.recipe)

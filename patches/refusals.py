@@ -1,10 +1,14 @@
-"""Combinations that `--kv-quant oscar` refuses at start: what, why, and what to do instead."""
+"""What `--kv-quant oscar` refuses, at start and, once weights are folded, at run time: what, why, and what to do instead."""
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from oscar_radix.geometry import PAGE_TOKENS, SUPPORTED_HEAD_DIMS
+
+logger = logging.getLogger("oscar_radix")
 
 
 class Refused(ValueError):
@@ -143,3 +147,44 @@ def refuse_model(configurator: object) -> None:
         reason = f"has head dims {dims}; supported on {configurator.device} are equal ones of {supported}"
     if reason:
         raise Refused(f"--kv-quant oscar: {name} {reason}; serve it without --kv-quant")
+
+
+FOLDED = (
+    "the rotation of V is folded into this server's value and output projections, so weights from elsewhere do not fit it and its own fit "
+    "no other server; start it with --oscar-fold-values off"
+)
+
+
+def freeze_weights(scheduler: Any) -> None:
+    """From now on the scheduler refuses requests that would replace, export or compare weights; their senders get FOLDED as the reason.
+
+    /get_weights_by_name has no place for a reason: it fails, and the log has it.
+    """
+    from sglang.srt.managers import io_struct
+
+    answers = {
+        io_struct.UpdateWeightFromDiskReqInput: io_struct.UpdateWeightFromDiskReqOutput,
+        io_struct.InitWeightsUpdateGroupReqInput: io_struct.InitWeightsUpdateGroupReqOutput,
+        io_struct.UpdateWeightsFromDistributedReqInput: io_struct.UpdateWeightsFromDistributedReqOutput,
+        io_struct.UpdateWeightsFromTensorReqInput: io_struct.UpdateWeightsFromTensorReqOutput,
+        io_struct.UpdateWeightsFromIPCReqInput: io_struct.UpdateWeightsFromIPCReqOutput,
+        io_struct.InitWeightsSendGroupForRemoteInstanceReqInput: io_struct.InitWeightsSendGroupForRemoteInstanceReqOutput,
+        io_struct.SendWeightsToRemoteInstanceReqInput: io_struct.SendWeightsToRemoteInstanceReqOutput,
+        io_struct.CheckWeightsReqInput: io_struct.CheckWeightsReqOutput,
+    }
+    dispatch = scheduler._request_dispatcher
+
+    def guarded(request: Any) -> Any:
+        answer = answers.get(type(request))
+        by_name = isinstance(request, io_struct.GetWeightsByNameReqInput)
+        if answer is None and not by_name:
+            return dispatch(request)
+        logger.error("kv-quant oscar: %s refused: %s", type(request).__name__, FOLDED)
+        return io_struct.GetWeightsByNameReqOutput(parameter=None) if by_name else answer(success=False, message=FOLDED)
+
+    def refuse(**_: Any) -> NoReturn:
+        raise Refused(f"--kv-quant oscar: {FOLDED}")
+
+    scheduler._request_dispatcher = guarded
+    # Called by name from remote procedure calls, which hand an error back.
+    scheduler.save_remote_model = scheduler.save_sharded_model = refuse

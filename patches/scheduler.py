@@ -7,7 +7,9 @@ from typing import Any
 from oscar_radix.codec import get_recipe
 from oscar_radix.metrics import Metrics
 from oscar_radix.patches.flags import config_of
+from oscar_radix.patches.fold_values import fold_weights
 from oscar_radix.patches.radix import OscarRadixCache
+from oscar_radix.patches.refusals import freeze_weights
 from oscar_radix.patches.runtime import current
 from oscar_radix.patches.startup_calibration import load_or_calibrate
 from oscar_radix.patches.targets import problems
@@ -31,8 +33,14 @@ def scheduler_init(original: Callable[..., None], self: Any, server_args: Any, *
         missing.append("radix cache")
     if missing:
         raise RuntimeError(f"--kv-quant oscar: SGLang did not build our {', '.join(missing)}; refusing to serve bf16 silently")
-    calibration, source = load_or_calibrate(self.tp_worker.model_runner, self.tokenizer, config, runtime.geometry)
-    runtime.store.codec.assign(get_recipe(config.recipe).codec(calibration, runtime.store.device))
+    runner = self.tp_worker.model_runner
+    calibration, source = load_or_calibrate(runner, self.tokenizer, config, runtime.geometry)
+    codec = get_recipe(config.recipe).codec(calibration, runtime.store.device)
+    if runtime.store.codec.values_folded:
+        freeze_weights(self)
+        fold_weights(runner.model, server_args, codec.value_rotation)
+        codec.fold_values()
+    runtime.store.codec.assign(codec)
     runtime.metrics = Metrics(config, runtime.sizes, runtime.store, source)
     for line in runtime.metrics.startup_lines():
         logger.info(line)

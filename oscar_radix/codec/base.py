@@ -16,6 +16,7 @@ class Codec(ABC):
     Rows live "in the basis": keys as (k - mu_k) A, queries as q A^-T, values as (v - mu_v) R, so that scores are unchanged up to
     a constant per query. A basis change accumulates in float64 and is rounded once to float32; all reductions of `seal` are
     exact. So a row gets the same codes in whatever batch it comes.
+    After `fold_values` the model's own weights hold R (`values_folded`): values come as v R, outputs leave as o + mu_v R.
     Shapes: T tokens, N pages, H KV heads, Hq query heads, D head dim.
     """
 
@@ -25,6 +26,7 @@ class Codec(ABC):
         self.recipe_name = calibration.recipe
         self.geometry = calibration.geometry
         self.device = torch.device(device)
+        self.values_folded = False
         self._parameters: dict[str, Tensor] = {}
         tensors = calibration.tensors
         missing = {"key_basis", "query_basis", "key_mean", "value_mean", "value_rotation"} - tensors.keys()
@@ -42,12 +44,37 @@ class Codec(ABC):
         self._parameters[name] = kept
         return kept
 
+    def fold_values(self) -> None:
+        """The model's weights hold R from now on: value_rotation becomes the identity, value_mean mu_v R, at the same addresses.
+
+        Only parameters change; weights are folded by whoever owns the model.
+
+        Raises:
+            CalibrationError: when this codec is folded already.
+        """
+        if self.values_folded:
+            raise CalibrationError("the values of this codec are folded already; fold a codec once, right after it is made")
+        mean = torch.einsum("lhd,lhde->lhe", self.value_mean.double(), self.value_rotation.double())
+        self.value_mean.copy_(mean)
+        self.value_rotation.copy_(torch.eye(self.geometry.head_dim, device=self.device))
+        self.values_folded = True
+
     def assign(self, other: "Codec") -> None:
-        """Take over the parameters of a codec of the same recipe and geometry, at the same addresses: captured CUDA graphs keep them."""
+        """Take over the parameters of a codec of the same recipe and geometry, at the same addresses: captured CUDA graphs keep them.
+
+        Raises:
+            CalibrationError: when recipe, geometry or `values_folded` differ.
+        """
         if (other.recipe_name, other.geometry) != (self.recipe_name, self.geometry):
             raise CalibrationError(
                 f"a codec of recipe '{self.recipe_name}' and {self.geometry} cannot take the parameters of recipe '{other.recipe_name}' "
                 f"and {other.geometry}"
+            )
+        if other.values_folded != self.values_folded:
+            sides = [("folded" if codec.values_folded else "unfolded") for codec in (self, other)]
+            raise CalibrationError(
+                f"a codec with {sides[0]} values cannot take the parameters of one with {sides[1]} values, because captured CUDA graphs "
+                "rely on it; call fold_values on both or on none"
             )
         for name, tensor in self._parameters.items():
             tensor.copy_(other._parameters[name])
@@ -63,7 +90,8 @@ class Codec(ABC):
 
     def values_to_basis(self, layer: int, v: Tensor) -> Tensor:
         """Values [T, H, D], any float dtype, to float32 [T, H, D]: (v - mu_v) R."""
-        return _times(v.double() - self.value_mean[layer].double(), self.value_rotation[layer])
+        centred = v.double() - self.value_mean[layer].double()
+        return centred.float() if self.values_folded else _times(centred, self.value_rotation[layer])
 
     def queries_to_basis(self, layer: int, q: Tensor) -> Tensor:
         """Post-RoPE queries [T, Hq, D] to float32 [T, Hq, D]: q_b . y = q . (k - mu_k)."""
@@ -71,7 +99,7 @@ class Codec(ABC):
 
     def output_from_basis(self, layer: int, o: Tensor) -> Tensor:
         """Attention output in the value basis, float32 [T, Hq, D], to the model's: o R^T + mu_v, float32 (weights sum to 1)."""
-        rotated = self._per_group(o, self.value_rotation[layer].mT)
+        rotated = o.double() if self.values_folded else self._per_group(o, self.value_rotation[layer].mT)
         return (rotated + self.value_mean[layer].double().repeat_interleave(self.geometry.group, 0)).float()
 
     def _per_group(self, x: Tensor, matrices: Tensor) -> Tensor:
