@@ -1,7 +1,8 @@
 """Attention mass: what the queries of a sampled forward gave to each cached token, summed over readers and GQA groups.
 
 One launch after the forward, over all layers: it reads the keys again, with the final log-sum-exp that stage 1 of decode does not
-know yet; a forward that is not sampled pays nothing. Pages without a slot are not read. Specification: `attention_mass` over the
+know yet; a forward that is not sampled pays nothing. Pages without a slot are not read. Where `mass_records` can
+read the records, the kernel here reads hot rows only. Specification: `attention_mass` over the
 keys that `open` and `dequantise_rows` give (oscar_radix.attention.mass).
 """
 
@@ -9,13 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from oscar_radix.kernels.mass_records import PROGRAM_PAGES, mass_records
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, key_operand, load_queries
 
 TILE_PAGES = tl.constexpr(4)
 SMALL_LEVEL = tl.constexpr(8)
 """Hot rows of the pages of a tile up to this level are read together, 4 x 8 rows; those of fuller pages page by page."""
 
-PROGRAM_PAGES = tl.constexpr(64)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -74,7 +75,7 @@ def _add_mass(
     query_ptr, lse_ptr, k_codes, scales, hot_k, hot_scales, row_masks, row_numbers, table_ptr, levels_ptr,
     key_step, key_zero, key_masks, pages_ptr, lengths_ptr, mass_ptr, visits_ptr, slots_ptr,
     query_stride, lse_stride, page_stride, record_pages, hot_blocks, slots, nearest, softmax_scale,
-    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RECORDS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % Hkv
     first = tl.program_id(0) // Hkv * (PROGRAM_PAGES * PAGE)
@@ -96,44 +97,48 @@ def _add_mass(
         key_zero += parameters
         queries = query_ptr + layer * query_stride
         pages = pages_ptr + request.to(tl.int64) * page_stride
-        b0, b1, b2, b3, _, _, _, _, unit_b, _, offset = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
-        masks = key_masks + parameters + head * D
-        token = tl.arange(0, TILE_PAGES * PAGE)
-        for tile in range(first, last, TILE_PAGES * PAGE):
-            position = tile + token
-            page = tl.load(pages + position // PAGE, mask=position < last, other=0).to(tl.int64)
-            slot = tl.load(slots_ptr + page).to(tl.int64)
-            counted = (position < last) & (page > 0) & (slot >= 0)
-            hot = ((tl.load(row_masks + (layer * record_pages + page) * Hkv + head) >> (token % PAGE)) & 1) != 0
-            cold = counted & ~hot
-            if tl.sum(cold.to(tl.int32), 0) > 0:
-                record = ((layer * record_pages + page) * Hkv + head) * PAGE + token % PAGE
-                scores = _record_scores(k_codes, scales, record, cold, masks, b0, b1, b2, b3, unit_b, offset, D)
-                _add(mass_ptr + ((layer * slots + slot) * Hkv + head) * PAGE + token % PAGE, scores, lse, limit, position, cold)
-            if (layer == 0) & (head == 0):
-                seen = row_ok[:, None] & (member == 0)[:, None] & (position[None, :] < limit[:, None])
-                tl.atomic_add(visits_ptr + slot * PAGE + token % PAGE, tl.sum(seen.to(tl.float32), 0), mask=counted, sem="relaxed")
+        if RECORDS:
+            b0, b1, b2, b3, _, _, _, _, unit_b, _, offset = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
+            masks = key_masks + parameters + head * D
+            token = tl.arange(0, TILE_PAGES * PAGE)
+            for tile in range(first, last, TILE_PAGES * PAGE):
+                position = tile + token
+                page = tl.load(pages + position // PAGE, mask=position < last, other=0).to(tl.int64)
+                slot = tl.load(slots_ptr + page).to(tl.int64)
+                counted = (position < last) & (page > 0) & (slot >= 0)
+                hot = ((tl.load(row_masks + (layer * record_pages + page) * Hkv + head) >> (token % PAGE)) & 1) != 0
+                cold = counted & ~hot
+                if tl.sum(cold.to(tl.int32), 0) > 0:
+                    record = ((layer * record_pages + page) * Hkv + head) * PAGE + token % PAGE
+                    scores = _record_scores(k_codes, scales, record, cold, masks, b0, b1, b2, b3, unit_b, offset, D)
+                    _add(mass_ptr + ((layer * slots + slot) * Hkv + head) * PAGE + token % PAGE, scores, lse, limit, position, cold)
+                if (layer == 0) & (head == 0):
+                    seen = row_ok[:, None] & (member == 0)[:, None] & (position[None, :] < limit[:, None])
+                    tl.atomic_add(visits_ptr + slot * PAGE + token % PAGE, tl.sum(seen.to(tl.float32), 0), mask=counted, sem="relaxed")
         # A second pass, so that only one kind of operands takes registers.
-        _, _, _, _, h0, h1, h2, h3, _, unit_h, _ = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
-        small = tl.arange(0, TILE_PAGES * SMALL_LEVEL)
-        row = tl.arange(0, PAGE)
         end = (last + PAGE - 1) // PAGE
-        for tile in range(first // PAGE, end, TILE_PAGES):
-            index = tile + small // SMALL_LEVEL
-            level = tl.load(levels_ptr + tl.load(pages + index, mask=index < end, other=0), mask=index < end, other=0).to(tl.int32)
-            few = level <= SMALL_LEVEL
-            if tl.sum((few & (level > 0)).to(tl.int32), 0) > 0:
-                _add_hot(
-                    index, small % SMALL_LEVEL, few & (index < end), pages, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
-                    slots_ptr, head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
-                )  # fmt: skip
-            if tl.sum((~few).to(tl.int32), 0) > 0:
-                for one in range(tile, tl.minimum(tile + TILE_PAGES, end)):
-                    if tl.load(levels_ptr + tl.load(pages + one)).to(tl.int32) > SMALL_LEVEL:
-                        _add_hot(
-                            one + row * 0, row, row < PAGE, pages, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
-                            slots_ptr, head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
-                        )  # fmt: skip
+        every = first // PAGE + tl.arange(0, PROGRAM_PAGES)
+        numbers = tl.load(pages + every, mask=every < end, other=0)
+        if tl.max(tl.load(levels_ptr + numbers, mask=every < end, other=0).to(tl.int32), 0) > 0:
+            _, _, _, _, h0, h1, h2, h3, _, unit_h, _ = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
+            small = tl.arange(0, TILE_PAGES * SMALL_LEVEL)
+            row = tl.arange(0, PAGE)
+            for tile in range(first // PAGE, end, TILE_PAGES):
+                index = tile + small // SMALL_LEVEL
+                level = tl.load(levels_ptr + tl.load(pages + index, mask=index < end, other=0), mask=index < end, other=0).to(tl.int32)
+                few = level <= SMALL_LEVEL
+                if tl.sum((few & (level > 0)).to(tl.int32), 0) > 0:
+                    _add_hot(
+                        index, small % SMALL_LEVEL, few & (index < end), pages, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
+                        slots_ptr, head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
+                    )  # fmt: skip
+                if tl.sum((~few).to(tl.int32), 0) > 0:
+                    for one in range(tile, tl.minimum(tile + TILE_PAGES, end)):
+                        if tl.load(levels_ptr + tl.load(pages + one)).to(tl.int32) > SMALL_LEVEL:
+                            _add_hot(
+                                one + row * 0, row, row < PAGE, pages, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
+                                slots_ptr, head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
+                            )  # fmt: skip
 
 
 def launch_options(height: int) -> dict[str, int]:
@@ -176,8 +181,15 @@ def add_mass(
     rounded = triton.next_power_of_2(group)
     height = max(16, rounded * triton.next_power_of_2(queries))
     grid = (kv_heads * triton.cdiv(pages.shape[1], PROGRAM_PAGES.value), batch, layers)
+    fast = queries == 1 and dim == 128 and group <= 8
+    if fast:
+        k_codes, scales, _, _, row_masks, _ = cache
+        mass_records[grid](
+            query, lse, k_codes, scales.view(torch.uint8), row_masks, *key_parameters, pages, lengths, *mass, query.stride(0),
+            lse.stride(0), pages.stride(0), k_codes.shape[1], mass[0].shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, num_warps=1,
+        )  # fmt: skip
     _add_mass[grid](
         query, lse, *cache, *tables, *key_parameters, pages, lengths, *mass, query.stride(0), lse.stride(0), pages.stride(0),
         cache[0].shape[1], cache[2].shape[1], mass[0].shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, GROUP=rounded, T=queries,
-        D=dim, M=height, **launch_options(height),
+        D=dim, M=height, RECORDS=not fast, **launch_options(height),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from oscar_radix.pool.hot_pool import PAGE_BLOCKS
 from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.store import KVStore
 from tests.helpers import make_codec
+from tests.kernels.warp_emulation import emulate
 
 SCALE = 0.125
 
@@ -96,7 +97,9 @@ def compare_mass(geometry: Geometry, lengths: list[int], queries: int, nearest: 
         table.values += 0.5
         table.visits += 3.0
     sample, *sequences = sample_of(store, tables[0], lengths, queries, seed, shared_pages)
-    sample.lse[:, 0, -1, 0] = float("inf")  # a query head that does not count
+    # A query head that does not count, and a bad one.
+    sample.lse[:, 0, -1, 0] = float("inf")
+    sample.query[:, -2, -1, 1] = sample.lse[:, -2, -1, 1] = float("nan")
     sample.add_reference(*sequences, SCALE, nearest)
     sample.table = tables[1]
     sample.table.sync()
@@ -153,12 +156,17 @@ def mend_interpreter() -> None:
 
 
 def main() -> None:
+    from oscar_radix.kernels import decode_records, mass_records
+
     mend_interpreter()
+    emulate(decode_records, mass_records)
     small = Geometry(2, 2, 6, 64)
     compare_levels(small, 2, pages=6, seed=0, device="cpu")
     compare_levels(small, 8, pages=3, seed=1, device="cpu")
     compare_mass(small, [150, 33], queries=1, nearest=0, seed=2, device="cpu")
     compare_mass(small, [70, 3, 64], queries=4, nearest=5, seed=3, device="cpu")
+    compare_mass(Geometry(2, 2, 8, 128), [150, 33], queries=1, nearest=0, seed=4, device="cpu")
+    compare_mass(Geometry(1, 1, 7, 128), [250, 64, 7], queries=1, nearest=33, seed=5, device="cpu")
     print("done")
 
 
