@@ -37,12 +37,17 @@ def make_codec(recipe: str = "tck", geometry: Geometry = GEOMETRY, device: str =
 
 
 def make_store(
-    pages: int = 64, hot_pages: int = 32, policy: str = "none", recent_tokens: int = 64, recipe: str = "tck", geometry: Geometry = GEOMETRY
+    pages: int = 64,
+    hot_pages: int = 32,
+    policy: str = "none",
+    recent_tokens: int = 64,
+    recipe: str = "tck",
+    geometry: Geometry = GEOMETRY,
+    device: str = "cpu",
 ) -> KVStore:
     """A store with a codec, ready to serve."""
-    store = KVStore(
-        geometry, get_recipe(recipe).layout(geometry.head_dim), pages, hot_pages * PAGE_BLOCKS, POLICIES[policy](), recent_tokens, "cpu"
-    )
+    layout = get_recipe(recipe).layout(geometry.head_dim)
+    store = KVStore(geometry, layout, pages, hot_pages * PAGE_BLOCKS, POLICIES[policy](), recent_tokens, device)
     store.codec = make_codec(recipe, geometry)
     return store
 

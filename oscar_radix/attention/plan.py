@@ -7,7 +7,9 @@ import torch
 
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.pool.hot_pool import BLOCK_ROWS, PAGE_BLOCKS
+from oscar_radix.pool.request_pages import DecodeStep
 from oscar_radix.pool.store import KVStore
+from oscar_radix.pool.upload import upload, upload_all
 from oscar_radix.sequence import Sequence
 
 
@@ -64,12 +66,36 @@ def plan_forward(store: KVStore, sequences: list[Sequence]) -> ForwardPlan:
         sequences: in batch order; new tokens of sequence i follow those of sequence i - 1.
     """
     store.residency.prepare(sequences)
-    starts = np.cumsum([0] + [sequence.seq_len - sequence.prefix_len for sequence in sequences])
+    return _plan(store, sequences)
+
+
+def plan_decode(store: KVStore, step: DecodeStep) -> ForwardPlan:
+    """`plan_forward` for a decode step."""
+    store.residency.prepare_decode(step)
+    return _plan(store, step.sequences())
+
+
+def plan_writes(store: KVStore, sequences: list[Sequence]) -> tuple[np.ndarray, ...]:
+    """Prepare the store for a forward and lay out its writes alone: the fields of a WritePlan, in order, on the host.
+
+    Nothing is copied to the device here, so that the caller can send them along with what else it has.
+    """
+    store.residency.prepare(sequences)
+    return _write_arrays(store, sequences)
+
+
+def _plan(store: KVStore, sequences: list[Sequence]) -> ForwardPlan:
+    starts = _starts(sequences)
     reads = [_plan_read(store, sequence, int(start)) for sequence, start in zip(sequences, starts, strict=False)]
-    return ForwardPlan(_plan_write(store, sequences, starts), reads)
+    return ForwardPlan(WritePlan(*upload_all(_write_arrays(store, sequences), store.device)), reads)
 
 
-def _plan_write(store: KVStore, sequences: list[Sequence], starts: np.ndarray) -> WritePlan:
+def _starts(sequences: list[Sequence]) -> np.ndarray:
+    return np.cumsum([0] + [sequence.seq_len - sequence.prefix_len for sequence in sequences])
+
+
+def _write_arrays(store: KVStore, sequences: list[Sequence]) -> tuple[np.ndarray, ...]:
+    starts = _starts(sequences)
     positions = [np.arange(sequence.prefix_len, sequence.seq_len) for sequence in sequences]
     page = np.concatenate([sequence.pages[at // PAGE_TOKENS] for sequence, at in zip(sequences, positions, strict=True)])
     offset = np.concatenate(positions) % PAGE_TOKENS
@@ -84,15 +110,14 @@ def _plan_write(store: KVStore, sequences: list[Sequence], starts: np.ndarray) -
             for sequence, start in zip(sequences, starts, strict=False)
         ]
     )
-    as_tensor = _to(store.device)
-    return WritePlan(
-        tokens=as_tensor(tokens),
-        blocks=as_tensor(blocks),
-        places=as_tensor(offset[tokens] % BLOCK_ROWS),
-        seal_pages=as_tensor(completed[whole]),
-        seal_blocks=store.hot.blocks_of(completed[whole], PAGE_TOKENS),
-        direct_pages=as_tensor(completed[~whole]),
-        direct_tokens=as_tensor(first[~whole][:, None] + np.arange(PAGE_TOKENS)),
+    return (
+        tokens,
+        blocks.astype(np.int64),
+        offset[tokens] % BLOCK_ROWS,
+        completed[whole],
+        store.hot.block_numbers(completed[whole], PAGE_TOKENS),
+        completed[~whole],
+        first[~whole][:, None] + np.arange(PAGE_TOKENS),
     )
 
 
@@ -105,22 +130,17 @@ def _plan_read(store: KVStore, sequence: Sequence, start: int) -> ReadPlan:
         raise RuntimeError(f"page {pages[-1]} is partial but its rows are not in the hot pool")
     base = pages[~whole]
     base_levels = levels[~whole]
-    as_tensor = _to(store.device)
     partial = []
     for level in np.unique(base_levels[base_levels > 0]).tolist():
         index = np.flatnonzero(base_levels == level)
-        partial.append((as_tensor(index), store.hot.blocks_of(base[index], level)))
+        partial.append((upload(index, store.device), store.hot.blocks_of(base[index], level)))
     unwritten = -sequence.readable % PAGE_TOKENS
     return ReadPlan(
         start=start,
         end=end,
-        base_pages=as_tensor(base),
+        base_pages=upload(base, store.device),
         partial=partial,
         whole_blocks=store.hot.blocks_of(pages[whole], PAGE_TOKENS).view(-1, PAGE_BLOCKS),
         whole_rows=int(whole.sum()) * PAGE_TOKENS - unwritten,
         own_chunk=not sequence.decode,
     )
-
-
-def _to(device: torch.device):
-    return lambda array: torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)

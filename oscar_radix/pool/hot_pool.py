@@ -7,6 +7,7 @@ import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.kernels.keep_rows import keep_rows
+from oscar_radix.pool.upload import upload, upload_all
 
 BLOCK_ROWS = 2
 """int8 rows of K and of V per (layer, KV head) in one hot block."""
@@ -59,6 +60,7 @@ class HotPool:
         self.device_block_table = torch.from_numpy(self.block_table).to(device)
         self.device_levels = torch.from_numpy(self.levels).to(device)
         self._changed: set[int] = set()
+        self._acquired: set[int] = set()
         self._free = list(range(blocks - 1, -1, -1))
 
     # Ownership -------------------------------------------------------------------------------------------------------
@@ -78,8 +80,7 @@ class HotPool:
         self.block_table[page] = blocks
         self.levels[page] = PAGE_TOKENS
         self._changed.add(page)
-        numbers = torch.arange(PAGE_TOKENS, dtype=torch.uint8, device=self.device).view(1, PAGE_BLOCKS, 1, BLOCK_ROWS)
-        self.row_numbers[:, torch.tensor(blocks, device=self.device)] = numbers
+        self._acquired.add(page)
         return True
 
     def release(self, page: int) -> None:
@@ -115,7 +116,9 @@ class HotPool:
         wrong = pages[(self.levels[pages] <= level) | (level <= 0) | (level % BLOCK_ROWS != 0)]
         if len(wrong):
             raise RuntimeError(f"page {wrong[0]} is at level {self.levels[wrong[0]]}; cannot keep {level} of its rows")
-        index, blocks = (torch.from_numpy(part).to(self.device, non_blocking=True) for part in (pages, self.block_table[pages]))
+        if self._acquired.intersection(pages.tolist()):
+            self.sync_tables()  # their rows get their numbers
+        index, blocks = upload_all([pages, self.block_table[pages]], self.device)
         hot = (self.k_rows, self.v_rows, self.scales, self.row_numbers)
         if self.device.type == "cpu":
             lower = keep_rows
@@ -138,6 +141,8 @@ class HotPool:
         self.block_table[source] = -1
         self.levels[source] = 0
         self._changed.update((source, target))
+        if source in self._acquired:
+            self._acquired.add(target)
 
     def clear(self) -> None:
         """All blocks back to the free list."""
@@ -148,25 +153,47 @@ class HotPool:
         self.device_levels.fill_(0)
         self.row_masks.zero_()
         self._changed.clear()
+        self._acquired.clear()
 
     def sync_tables(self) -> None:
-        """Copy the rows of changed pages to the device's tables, in order with the kernels of the current stream."""
+        """Bring masks, row numbers of whole pages and the device's tables up to date, in order with the kernels of the current stream.
+
+        `shrink` writes its masks and row numbers itself.
+        """
         if not self._changed:
             return
         pages = np.fromiter(self._changed, dtype=np.int64)
-        for level, mask in ((0, 0), (PAGE_TOKENS, -1)):
-            self.row_masks[:, torch.from_numpy(pages[self.levels[pages] == level]).to(self.device)] = mask
+        levels = self.levels[pages]
+        masked = (levels == 0) | (levels == PAGE_TOKENS)
+        fresh = np.fromiter((page for page in self._acquired if self.levels[page] == PAGE_TOKENS), dtype=np.int64)
+        arrays = [
+            pages[masked],
+            -(levels[masked] == PAGE_TOKENS).astype(np.int32),
+            self.block_table[fresh].reshape(-1).astype(np.int64),
+            np.tile(np.arange(PAGE_TOKENS, dtype=np.uint8), len(fresh)),
+            pages,
+            self.block_table[pages],
+            levels,
+        ]
+        masked_pages, masks, fresh_blocks, numbers, index, blocks, new_levels = upload_all(arrays, self.device)
+        self.row_masks[:, masked_pages] = masks[:, None]
+        if len(fresh):
+            self.row_numbers[:, fresh_blocks] = numbers.view(-1, 1, BLOCK_ROWS)
         if self.device.type != "cpu":
-            index = torch.from_numpy(pages).to(self.device)
-            self.device_block_table[index] = torch.from_numpy(self.block_table[pages]).to(self.device)
-            self.device_levels[index] = torch.from_numpy(self.levels[pages]).to(self.device)
+            self.device_block_table[index] = blocks
+            self.device_levels[index] = new_levels
         self._changed.clear()
+        self._acquired.clear()
 
     # Data ------------------------------------------------------------------------------------------------------------
 
     def blocks_of(self, pages: np.ndarray, level: int) -> torch.Tensor:
         """Block numbers of pages at the same level: int64 [N, level / 2] on the device."""
-        return torch.from_numpy(self.block_table[pages, : level // BLOCK_ROWS].astype(np.int64)).to(self.device)
+        return upload(self.block_numbers(pages, level), self.device)
+
+    def block_numbers(self, pages: np.ndarray, level: int) -> np.ndarray:
+        """`blocks_of` on the host."""
+        return self.block_table[pages, : level // BLOCK_ROWS].astype(np.int64)
 
     def write(self, layer: int, blocks: torch.Tensor, places: torch.Tensor, rows: Rows) -> None:
         """Store T rows ([T, Hkv, ...]) at `blocks` and `places` (0 or 1 in the block), int64 [T]."""

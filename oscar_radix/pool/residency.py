@@ -4,14 +4,12 @@ import numpy as np
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import Policy
+from oscar_radix.pool.decode_marks import DecodeMarks
 from oscar_radix.pool.hot_pool import HotPool
 from oscar_radix.pool.pages import PageTable
+from oscar_radix.pool.request_pages import DecodeStep
+from oscar_radix.pool.victims import SETTLED, SINK, SINK_IN_USE, Victims
 from oscar_radix.sequence import SINK_PAGES, Sequence
-
-SETTLED, PREFILLING, WINDOW, SINK, WINDOW_IN_USE, SINK_IN_USE = range(6)
-"""Classes of hot pages in the order in which they give way: outside every window; a prompt in progress; windows and continuation
-points of requests that are not in this forward, then their sinks; those of requests that are. A sequence whose sinks are read in 2
-bits is several times further from bf16 than one whose window is, so sinks give way last."""
 
 
 class Residency:
@@ -23,6 +21,7 @@ class Residency:
         self.hot = hot
         self.policy = policy
         self.recent_tokens = recent_tokens
+        self.marks = DecodeMarks(table, recent_tokens)
         self.now = 0
         self.demotions = 0
         self.sealed_without_hot_rows = 0
@@ -34,25 +33,49 @@ class Residency:
             RuntimeError: when not even the partial last pages of the sequences fit; the pool is sized so that they do.
         """
         self.now += 1
+        self.marks.forget()
         self._mark(sequences)
         self._settle()
-        victims = _Victims(self)
+        victims = self._victims()
         for sequence in sequences:
-            partial = sequence.pages[sequence.seq_len // PAGE_TOKENS :]
-            for page in partial:
-                if not self.hot.levels[page] and not self._acquire(int(page), victims, SINK_IN_USE):
-                    raise RuntimeError(
-                        f"the hot pool of {self.hot.capacity} blocks is full of unsealed pages: {len(sequences)} sequences need one "
-                        f"page of 16 blocks each; lower --max-running-requests or raise --oscar-hot-fraction"
-                    )
+            self._fill(sequence.pages[sequence.seq_len // PAGE_TOKENS :], victims, len(sequences))
         for sequence in sequences:
-            for page in self._by_need(sequence.completed):
-                if not self.hot.levels[page] and not self._acquire(int(page), victims, SINK if self.table.window[page] else SETTLED):
-                    self.sealed_without_hot_rows += 1
+            self._complete(self._by_need(sequence.completed), victims)
         # Only now: a page whose record is not written yet must not be anybody's victim.
         for sequence in sequences:
             self.table.sealed[sequence.completed] = True
         self.hot.sync_tables()
+
+    def prepare_decode(self, step: DecodeStep) -> None:
+        """`prepare` for the sequences of a decode step; cheap where nothing but their lengths has changed since the last step.
+
+        Raises:
+            RuntimeError: as `prepare`.
+        """
+        self.now += 1
+        self._settle(self.marks.mark(step, self.now))
+        victims = self._victims()
+        newest = step.requests.pages[step.rows, (step.lengths - 1) // PAGE_TOKENS]
+        full = step.lengths % PAGE_TOKENS == 0
+        self._fill(newest[~full], victims, len(newest))
+        self._complete(newest[full], victims)
+        self.table.sealed[newest[full]] = True
+        self.hot.sync_tables()
+
+    def _fill(self, pages: np.ndarray, victims: Victims, sequences: int) -> None:
+        """Find blocks for pages that stay partial, at any price."""
+        for page in pages[self.hot.levels[pages] == 0].tolist():
+            if not self._acquire(page, victims, SINK_IN_USE):
+                raise RuntimeError(
+                    f"the hot pool of {self.hot.capacity} blocks is full of unsealed pages: {sequences} sequences need one "
+                    f"page of 16 blocks each; lower --max-running-requests or raise --oscar-hot-fraction"
+                )
+
+    def _complete(self, pages: np.ndarray, victims: Victims) -> None:
+        """Find blocks for pages that become full; without them a page is sealed from its rows all the same."""
+        for page in pages[self.hot.levels[pages] == 0].tolist():
+            if not self._acquire(page, victims, SINK if self.table.window[page] else SETTLED):
+                self.sealed_without_hot_rows += 1
 
     def _mark(self, sequences: list[Sequence]) -> None:
         table = self.table
@@ -74,10 +97,16 @@ class Residency:
                 table.prefilling[sequence.written] = True
                 table.last_use[sequence.written] = self.now
 
-    def _settle(self) -> None:
+    def _settle(self, left: np.ndarray | None = None) -> None:
+        """Let the policy have whole pages that nothing needs any more: among `left`, or all there are."""
         table = self.table
-        whole = (self.hot.levels == PAGE_TOKENS) & table.sealed
-        pages = np.flatnonzero(whole & ~table.window & ~table.continuation & ~table.prefilling)
+        if left is None:
+            idle = (self.hot.levels == PAGE_TOKENS) & table.sealed & ~table.window & ~table.continuation & ~table.prefilling
+            pages = np.flatnonzero(idle)
+        else:
+            pages = np.unique(left)
+            idle = (self.hot.levels[pages] == PAGE_TOKENS) & table.sealed[pages]
+            pages = pages[idle & ~table.window[pages] & ~table.continuation[pages] & ~table.prefilling[pages]]
         if not len(pages):
             return
         level = self.policy.settle(pages)
@@ -101,40 +130,13 @@ class Residency:
         sink, window = self.table.position[pages] < SINK_PAGES, self.table.window[pages]
         return pages[np.lexsort((-self.table.position[pages], ~window, ~sink))]
 
-    def _acquire(self, page: int, victims: "_Victims", highest: int) -> bool:
+    def _victims(self) -> Victims:
+        return Victims(self.table, self.hot, self.policy, self.now)
+
+    def _acquire(self, page: int, victims: Victims, highest: int) -> bool:
         while not self.hot.acquire(page):
             victim = victims.take(highest)
             if victim is None:
                 return False
             self.demote(victim, 0)
         return True
-
-
-class _Victims:
-    """Hot pages in the order in which they give way in one forward; ranked only when the pool first runs short."""
-
-    def __init__(self, residency: Residency):
-        self._residency = residency
-        self._queue: list[tuple[int, int]] | None = None
-
-    def take(self, highest: int) -> int | None:
-        """Next page to demote whose class is at most `highest`; None when there is none."""
-        if self._queue is None:
-            self._queue = self._rank()
-        if not self._queue or self._queue[-1][0] > highest:
-            return None
-        return self._queue.pop()[1]
-
-    def _rank(self) -> list[tuple[int, int]]:
-        table, hot, now = self._residency.table, self._residency.hot, self._residency.now
-        pages = np.flatnonzero((hot.levels > 0) & table.sealed)
-        kept = table.window[pages] | table.continuation[pages]
-        classes = np.where(kept, WINDOW, np.where(table.prefilling[pages], PREFILLING, SETTLED))
-        classes[table.window[pages] & (table.position[pages] < SINK_PAGES)] = SINK
-        classes[kept & (table.last_use[pages] == now)] += WINDOW_IN_USE - WINDOW
-        ranked: list[tuple[int, int]] = []
-        for value in (SETTLED, PREFILLING, WINDOW, SINK, WINDOW_IN_USE, SINK_IN_USE):
-            members = pages[classes == value]
-            order = self._residency.policy.demotion_order(members, table.last_use[members], table.position[members].astype(np.int64))
-            ranked.extend((value, int(page)) for page in members[order])
-        return ranked[::-1]

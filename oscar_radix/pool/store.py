@@ -10,6 +10,7 @@ from oscar_radix.policy.base import LEVELS, Policy
 from oscar_radix.pool.base_records import BaseRecords
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool, Rows
 from oscar_radix.pool.pages import Owner, PageTable
+from oscar_radix.pool.request_pages import RequestPages
 from oscar_radix.pool.residency import Residency
 
 
@@ -46,6 +47,7 @@ class KVStore:
         self.base = BaseRecords(geometry, layout, pages + 1, device)
         self.hot = HotPool(geometry, pages + 1, hot_blocks, device)
         self.table = PageTable(pages + 1)
+        self.requests = RequestPages()
         self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens)
         self.codec: Codec | None = None
         self.bad_rows = torch.zeros(1, dtype=torch.int32, device=device)
@@ -79,6 +81,8 @@ class KVStore:
     def clear(self) -> None:
         """All pages to the free list, all hot blocks too."""
         self.hot.clear()
+        self.requests.clear()
+        self.residency.marks.forget()
         self.table.owner.fill(Owner.FREE)
         self.table.forget(np.arange(self.table.count))
 
@@ -99,6 +103,8 @@ class KVStore:
             self.table.window[original] = self.table.window[duplicate]
             self.table.prefilling[original] |= self.table.prefilling[duplicate]
             self.table.last_use[original] = self.table.last_use[duplicate]
+        if wanted.any():
+            self.residency.marks.forget()
         return int(wanted.sum())
 
     def set_continuation_points(self, pages: np.ndarray, ends: list[int], recent_pages: int) -> None:
@@ -115,6 +121,7 @@ class KVStore:
         self.table.continuation[pages] = wanted & (self.is_whole(pages) | self.table.continuation[pages])
         window = pages[-recent_pages:]
         self.table.last_use[window[self.is_whole(window)]] = self.residency.now
+        self.residency.marks.forget()
 
     def want_continuation(self, pages: np.ndarray) -> None:
         """A reader would have continued after these pages, were they hot: once they are again, they stay."""
@@ -123,6 +130,7 @@ class KVStore:
     def end_prefill(self, pages: np.ndarray) -> None:
         """The prompt on these pages is prefilled, or given up."""
         self.table.prefilling[pages] = False
+        self.residency.marks.forget()
 
     def is_whole(self, pages: np.ndarray) -> np.ndarray:
         """bool [N]: the page's 32 tokens are all at int8."""
