@@ -42,6 +42,10 @@ class Metrics:
             "pages_sealed_without_hot_rows": residency.sealed_without_hot_rows,
             "rows_with_nan_or_inf": int(store.bad_rows),
             "forwards": residency.now,
+            "rows_read_from_device": {
+                "decode": store.requests.decode_rows_read_back,
+                "prefill": store.requests.prefill_rows_read_back,
+            },
         }
 
     def startup_lines(self) -> list[str]:

@@ -8,13 +8,14 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from oscar_radix.attention.backend import TorchAttention
-from oscar_radix.attention.plan import ForwardPlan, plan_forward
+from oscar_radix.attention.plan import WritePlan, plan_decode, plan_forward, plan_writes
 from oscar_radix.calibration.moments import MomentAccumulator
-from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.attend import attend
 from oscar_radix.patches.fold_values import prepare_to_fold
+from oscar_radix.patches.forward_pages import ForwardPages
 from oscar_radix.patches.refusals import Refused
 from oscar_radix.patches.runtime import Runtime
+from oscar_radix.pool.upload import upload_all
 from oscar_radix.sequence import Sequence
 
 
@@ -22,7 +23,8 @@ class OscarAttentionBackend(AttentionBackend):
     """Plans in `init_forward_metadata`, runs in `forward_extend` and `forward_decode`.
 
     On a CPU everything is plain torch. On CUDA decode reads SGLang's own tables at fixed addresses, so that its CUDA graphs replay;
-    the hot pool is brought up to date before each replay, outside the graph.
+    the hot pool is brought up to date before each replay, outside the graph. No step waits for the device: the pages of a forward are
+    known on the host, and what the device needs is sent in copies that the host does not wait for.
     """
 
     needs_cpu_seq_lens = True
@@ -33,6 +35,7 @@ class OscarAttentionBackend(AttentionBackend):
         prepare_to_fold(runtime.store.codec, runner.model, runner.server_args)
         self.runtime = runtime
         self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.pages = ForwardPages(runner.req_to_token_pool, runtime.store.requests)
         self.first_layer = runner.token_to_kv_pool.start_layer
         self.on_cpu = runtime.store.device.type == "cpu"
         if self.on_cpu:
@@ -51,20 +54,26 @@ class OscarAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             self.plan = None
             return
-        sequences = self._sequences(forward_batch)
-        forward = plan_forward(self.runtime.store, sequences)
-        if self.on_cpu:
-            self.plan = forward
-        elif forward_batch.forward_mode.is_decode():
-            self._plan_decode(forward_batch)
+        store = self.runtime.store
+        if forward_batch.forward_mode.is_decode():
+            step = self.pages.decode(forward_batch)
+            if self.on_cpu:
+                self.plan = plan_decode(store, step)
+            else:
+                store.residency.prepare_decode(step)
+                self._plan_decode(forward_batch)
         else:
-            self._plan_extend(forward_batch, forward, sequences)
+            sequences = self.pages.extend(forward_batch)
+            if self.on_cpu:
+                self.plan = plan_forward(store, sequences)
+            else:
+                self._plan_extend(forward_batch, sequences)
         self.runtime.log_periodically()
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a decode graph is captured or replayed. Padding rows have one token in page 0 and are not planned."""
         if not in_capture:
-            self.runtime.store.residency.prepare(self._sequences(forward_batch))
+            self.runtime.store.residency.prepare_decode(self.pages.decode(forward_batch))
             self.runtime.log_periodically()
         self._plan_decode(forward_batch)
 
@@ -81,30 +90,18 @@ class OscarAttentionBackend(AttentionBackend):
         self.plan = DecodeBatch(self.req_to_token, forward_batch.req_pool_indices, forward_batch.seq_lens, forward_batch.out_cache_loc)
         self.runtime.attention.prepare_decode(self.plan)
 
-    def _plan_extend(self, forward_batch: Any, forward: ForwardPlan, sequences: list[Sequence]) -> None:
+    def _plan_extend(self, forward_batch: Any, sequences: list[Sequence]) -> None:
         from oscar_radix.attention.triton_backend import ExtendBatch, query_blocks
 
-        device = self.req_to_token.device
         lengths = [sequence.seq_len - sequence.prefix_len for sequence in sequences]
-        starts = np.cumsum([0, *lengths[:-1]])
-        layout = torch.tensor([[sequence.prefix_len for sequence in sequences], starts.tolist(), lengths], device=device)
+        layout = np.array([[sequence.prefix_len for sequence in sequences], np.cumsum([0, *lengths[:-1]]), lengths], dtype=np.int64)
+        blocks = query_blocks(lengths, self.runtime.geometry.group, torch.device("cpu"))
+        writes = plan_writes(self.runtime.store, sequences)
+        sent = upload_all([*writes, layout, *(part.numpy() for part in blocks)], self.req_to_token.device)
+        *write, layout, request, first = sent
         where = (self.req_to_token, forward_batch.req_pool_indices, *layout.unbind())
-        blocks = query_blocks(lengths, self.runtime.geometry.group, device)
         has_prefix = any(sequence.prefix_len for sequence in sequences)
-        self.plan = ExtendBatch(forward.write, forward_batch.out_cache_loc, lengths, has_prefix, where, blocks)
-
-    def _sequences(self, forward_batch: Any) -> list[Sequence]:
-        lengths = forward_batch.seq_lens_cpu.tolist()
-        decode = forward_batch.forward_mode.is_decode()
-        prefixes = [length - 1 for length in lengths] if decode else list(forward_batch.extend_prefix_lens_cpu)
-        needed = -(-max(lengths) // PAGE_TOKENS)
-        slots = self.req_to_token[forward_batch.req_pool_indices, : needed * PAGE_TOKENS : PAGE_TOKENS]
-        pages = (slots // PAGE_TOKENS).cpu().numpy().astype(np.int64)
-        return [
-            Sequence(row[: -(-length // PAGE_TOKENS)], int(prefix), int(length), decode)
-            for row, prefix, length in zip(pages, prefixes, lengths, strict=True)
-            if not (decode and length == 1)
-        ]
+        self.plan = ExtendBatch(WritePlan(*write), forward_batch.out_cache_loc, lengths, has_prefix, where, (request, first))
 
     # Run -------------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ def _scheduler_hooks() -> dict[str, Any]:
         targets.CONFIG_FROM_BUDGET: late("sizing", "config_from_budget"),
         targets.RESOLVE_MAX_NUM_REQS: late("sizing", "resolve_max_num_reqs"),
         targets.BUILD_KV_POOL: late("sizing", "build_kv_pool"),
+        targets.INIT_FORWARD_BATCH: late("forward_pages", "init_new"),
         targets.BUILD_ALLOCATOR: late("sizing", "build_allocator"),
     }
 

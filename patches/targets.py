@@ -17,6 +17,7 @@ GET_INTERNAL_STATE = f"{_SCHEDULER}.get_internal_state"
 CONFIG_FROM_BUDGET = f"{_CONFIGURATOR}.config_from_budget"
 RESOLVE_MAX_NUM_REQS = f"{_CONFIGURATOR}.resolve_max_num_reqs"
 BUILD_KV_POOL = f"{_CONFIGURATOR}._build_token_to_kv_pool"
+INIT_FORWARD_BATCH = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
 BUILD_ALLOCATOR = f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator"
 
 HOOKED: dict[str, tuple[str, ...]] = {
@@ -29,6 +30,7 @@ HOOKED: dict[str, tuple[str, ...]] = {
     CONFIG_FROM_BUDGET: ("self", "budget_bytes", "cap_tokens"),
     RESOLVE_MAX_NUM_REQS: ("self", "token_capacity"),
     BUILD_KV_POOL: ("self", "sizes", "is_dsa_model", "is_dsv4_model", "req_to_token_pool"),
+    INIT_FORWARD_BATCH: ("cls", "batch", "model_runner", "capture_hidden_mode", "return_hidden_states_before_norm"),
     BUILD_ALLOCATOR: ("self", "sizes", "token_to_kv_pool", "is_dsv4_model", "req_to_token_pool", "token_to_kv_pool_allocator"),
 }  # fmt: skip
 """Hook target -> parameter names of the original."""
@@ -39,7 +41,11 @@ CALLED: dict[str, tuple[str, ...]] = {
     "sglang.srt.mem_cache.radix_cache.RadixCache.cache_finished_req": ("self", "req", "is_insert", "kv_len_to_handle"),
     "sglang.srt.mem_cache.radix_cache.RadixCache.cache_unfinished_req": ("self", "req", "chunked"),
     "sglang.srt.mem_cache.radix_cache.RadixCache._match_prefix_helper": ("self", "node", "key"),
+    "sglang.srt.mem_cache.radix_cache.RadixCache._split_node": ("self", "key", "child", "split_len"),
     "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator._release_page_ids": ("self", "page_ids"),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.free_segment": ("self", "free_index", "start_pos"),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.free_group_begin": ("self",),
+    "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.free_group_end": ("self",),
     "sglang.srt.mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (
         "self", "prefix_lens", "prefix_lens_cpu", "seq_lens", "seq_lens_cpu", "last_loc", "extend_num_tokens", "num_new_pages",
     ),

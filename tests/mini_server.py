@@ -16,16 +16,16 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from oscar_radix.attention.plan import ForwardPlan, plan_forward
+from oscar_radix.attention.plan import ForwardPlan, plan_decode, plan_forward
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.patches.allocator import OscarPageAllocator
+from oscar_radix.patches.forward_pages import ForwardPages, note_batch
 from oscar_radix.patches.radix import OscarRadixCache
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS
 from oscar_radix.pool.store import KVStore
-from oscar_radix.sequence import Sequence
 
-DEVICE = "cpu"
 TINY = Geometry(layers=1, kv_heads=1, query_heads=1, head_dim=64)
 """Where only owners and levels count."""
 
@@ -73,8 +73,9 @@ class MiniServer:
 
     def __init__(self, store: KVStore, radix: bool = True, requests: int = 8, context: int = 1024, eviction_policy: str = "lru"):
         self.store = store
-        self.rows = ReqToTokenPool(requests, context, DEVICE, enable_memory_saver=False)
-        self.allocator = OscarPageAllocator(store, store.pages * PAGE_TOKENS, torch.bfloat16, DEVICE, kvcache=None)
+        self.device = str(store.device)
+        self.rows = ReqToTokenPool(requests, context, self.device, enable_memory_saver=False)
+        self.allocator = OscarPageAllocator(store, store.pages * PAGE_TOKENS, torch.bfloat16, self.device, kvcache=None)
         params = CacheInitParams(
             disable=not radix,
             req_to_token_pool=self.rows,
@@ -83,6 +84,7 @@ class MiniServer:
             eviction_policy=eviction_policy,
         )
         self.tree = OscarRadixCache(params) if radix else ChunkCache(params)
+        self.pages = ForwardPages(self.rows, store.requests)
         self.running: list[Request] = []
 
     # Steps of the scheduler ------------------------------------------------------------------------------------------
@@ -114,13 +116,15 @@ class MiniServer:
         prefixes = torch.tensor([request.kv_committed_len for request in requests])
         self._evict_shortfall(int((lengths - prefixes).sum()) + len(grows) * PAGE_TOKENS)
         self.rows.alloc(requests)
-        last = torch.cat([r.prefix_indices[-1:] if len(r.prefix_indices) else torch.tensor([-1]) for r in requests])
-        slots = self.allocator.alloc_extend(prefixes, prefixes, lengths, lengths, last, int((lengths - prefixes).sum()))
+        none = torch.tensor([-1], device=self.device)
+        last = torch.cat([r.prefix_indices[-1:] if len(r.prefix_indices) else none for r in requests])
+        count = int((lengths - prefixes).sum())
+        slots = self.allocator.alloc_extend(prefixes.to(self.device), prefixes, lengths.to(self.device), lengths, last, count)
         for request, own in zip(requests, slots.split((lengths - prefixes).tolist()), strict=True):
             start = request.kv_committed_len
             self.rows.write((request.req_pool_idx, slice(0, start)), request.prefix_indices.to(torch.int32))
             self.rows.write((request.req_pool_idx, slice(start, start + len(own))), own.to(torch.int32))
-        return self._plan(requests, [grow for _, grow in grows], decode=False)
+        return self._plan(requests, slots, [grow for _, grow in grows], decode=False)
 
     def end_of_prefill(self, requests: list[Request]) -> None:
         """Full pages enter the tree, after the last chunk as after those before it."""
@@ -134,10 +138,10 @@ class MiniServer:
         lengths = torch.tensor([request.kv_committed_len + 1 for request in requests])
         self._evict_shortfall(len(requests) * PAGE_TOKENS)
         last = torch.stack([self.rows.req_to_token[r.req_pool_idx, r.kv_committed_len - 1] for r in requests]).long()
-        slots = self.allocator.alloc_decode(lengths, lengths, last)
-        for request, slot in zip(requests, slots, strict=True):
+        slots = self.allocator.alloc_decode(lengths.to(self.device), lengths, last)
+        for request, slot in zip(requests, slots.unbind(), strict=True):
             self.rows.write((request.req_pool_idx, request.kv_committed_len), slot.to(torch.int32))
-        return self._plan(requests, [1] * len(requests), decode=True)
+        return self._plan(requests, slots, [1] * len(requests), decode=True)
 
     def finish(self, request: Request, insert: bool = True) -> None:
         """End a request; `insert=False` is what retraction does."""
@@ -173,13 +177,23 @@ class MiniServer:
         found = self.tree.match_prefix(MatchPrefixParams(key=RadixKey(array("q", tokens), extra_key)))
         return (found.device_indices[::PAGE_TOKENS] // PAGE_TOKENS).numpy()
 
-    def _plan(self, requests: list[Request], grows: list[int], decode: bool) -> ForwardPlan:
-        sequences = []
+    def _plan(self, requests: list[Request], slots: torch.Tensor, grows: list[int], decode: bool) -> ForwardPlan:
+        prefixes = [request.kv_committed_len for request in requests]
         for request, grow in zip(requests, grows, strict=True):
-            prefix = request.kv_committed_len
             request.kv_committed_len += grow
-            sequences.append(Sequence(self.pages_of(request), prefix, request.kv_committed_len, decode))
-        return plan_forward(self.store, sequences)
+        rows = torch.tensor([request.req_pool_idx for request in requests])
+        forward = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
+            batch_size=len(requests),
+            req_pool_indices=rows,
+            seq_lens_cpu=torch.tensor([request.kv_committed_len for request in requests]),
+            extend_prefix_lens_cpu=None if decode else prefixes,
+            out_cache_loc=slots,
+        )
+        note_batch(forward, SimpleNamespace(req_pool_indices_cpu=rows, reqs=requests))
+        if decode:
+            return plan_decode(self.store, self.pages.decode(forward))
+        return plan_forward(self.store, self.pages.extend(forward))
 
     def _evict_shortfall(self, tokens: int) -> None:
         short = tokens - self.allocator.available_size()

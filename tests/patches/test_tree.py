@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.patches.host_pages import noted_pages
 from oscar_radix.pool.pages import Owner
 from tests.helpers import make_store
 from tests.mini_server import TINY, MiniServer, Request, tokens_of
@@ -136,6 +137,20 @@ class TreeMachine(RuleBasedStateMachine):
                 assert self.store.table.sealed[pages[:full]].all()
                 assert not self.store.table.sealed[pages[full:]].any()
                 assert self.store.is_whole(pages[full:]).all()
+
+    @invariant()
+    def the_host_knows_what_the_device_holds(self):
+        """Free list, tree nodes and page lists, and nobody had to read them."""
+        if not hasattr(self, "server"):
+            return
+        allocator, requests = self.server.allocator, self.store.requests
+        assert allocator.free_pages.tolist() == allocator.free_page_numbers.tolist()
+        for node in self.server.tree._nodes():
+            assert noted_pages(node.value).tolist() == (node.value[::PAGE_TOKENS] // PAGE_TOKENS).tolist()
+        for request in self.server.running:
+            if request.req_pool_idx is not None:
+                assert requests.of(request.req_pool_idx).tolist() == self.server.pages_of(request).tolist()
+        assert requests.decode_rows_read_back == requests.prefill_rows_read_back == 0
 
     def teardown(self):
         if hasattr(self, "server"):

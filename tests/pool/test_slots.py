@@ -1,11 +1,11 @@
-"""extend_slots against a loop over tokens."""
+"""extend_slots and decode_slots against a loop over tokens."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.pool.slots import extend_slots, pages_for_extend
+from oscar_radix.pool.slots import decode_slots, extend_slots, pages_for_extend
 
 sequences = st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=5)
 
@@ -34,17 +34,25 @@ def test_against_the_loop(sequences, seed):
     as_tensor = torch.tensor
     needed = pages_for_extend(as_tensor(prefix_lens), as_tensor(seq_lens))
     new_pages = numbers[:needed]
-    slots = extend_slots(as_tensor(prefix_lens), as_tensor(seq_lens), as_tensor(last), torch.tensor(new_pages, dtype=torch.int64))
+    slots = extend_slots(
+        as_tensor(prefix_lens),
+        as_tensor(seq_lens),
+        as_tensor(last),
+        torch.tensor(new_pages, dtype=torch.int64),
+        sum(seq_lens) - sum(prefix_lens),
+    )
     assert slots.tolist() == loop(prefix_lens, seq_lens, last, new_pages)
     assert slots.dtype == torch.int64
 
 
-def test_a_decode_step_within_a_page_needs_no_new_page():
-    assert pages_for_extend(torch.tensor([5, 33]), torch.tensor([6, 34])) == 0
-    slots = extend_slots(torch.tensor([5, 33]), torch.tensor([6, 34]), torch.tensor([100, 64]), torch.zeros(0, dtype=torch.int64))
-    assert slots.tolist() == [101, 65]
-
-
-def test_a_decode_step_over_the_end_of_a_page_takes_one():
-    assert pages_for_extend(torch.tensor([32]), torch.tensor([33])) == 1
-    assert extend_slots(torch.tensor([32]), torch.tensor([33]), torch.tensor([63]), torch.tensor([9])).tolist() == [288]
+@settings(max_examples=300)
+@given(lengths=st.lists(st.integers(2, 100), min_size=1, max_size=8), seed=st.integers(0, 1000))
+def test_decode_is_an_extend_by_one_token(lengths, seed):
+    numbers = (torch.randperm(200, generator=torch.Generator().manual_seed(seed)) + 1).tolist()
+    prefixes = [length - 1 for length in lengths]
+    last = [numbers.pop() * PAGE_TOKENS + (prefix - 1) % PAGE_TOKENS for prefix in prefixes]
+    new_pages = numbers[: pages_for_extend(torch.tensor(prefixes), torch.tensor(lengths))]
+    pages = torch.tensor(new_pages, dtype=torch.int64)
+    slots = decode_slots(torch.tensor(lengths), torch.tensor(last, dtype=torch.int32), pages)
+    assert slots.tolist() == loop(prefixes, lengths, last, new_pages)
+    assert slots.dtype == torch.int64
