@@ -69,5 +69,5 @@ class Metrics:
         hot = self.store.hot
         return (
             f"kv-quant oscar: {', '.join(levels)}; hot blocks {hot.capacity - hot.free_blocks} of {hot.capacity} used, "
-            f"{self.store.residency.demotions} demotions, {int(self.store.bad_rows)} rows with NaN or Inf"
+            f"{self.store.residency.demotions} demotions, {self.store.poll_bad_rows()} rows with NaN or Inf"
         )

@@ -48,7 +48,7 @@ def make_store(
     """A store with a codec, ready to serve."""
     layout = get_recipe(recipe).layout(geometry.head_dim)
     store = KVStore(geometry, layout, pages, hot_pages * PAGE_BLOCKS, POLICIES[policy](), recent_tokens, device)
-    store.codec = make_codec(recipe, geometry)
+    store.codec = make_codec(recipe, geometry, "cpu" if device == "meta" else device)
     return store
 
 

@@ -25,6 +25,7 @@ from oscar_radix.patches.forward_pages import ForwardPages, note_batch
 from oscar_radix.patches.radix import OscarRadixCache
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS
 from oscar_radix.pool.store import KVStore
+from oscar_radix.pool.upload import upload
 
 TINY = Geometry(layers=1, kv_heads=1, query_heads=1, head_dim=64)
 """Where only owners and levels count."""
@@ -116,10 +117,10 @@ class MiniServer:
         prefixes = torch.tensor([request.kv_committed_len for request in requests])
         self._evict_shortfall(int((lengths - prefixes).sum()) + len(grows) * PAGE_TOKENS)
         self.rows.alloc(requests)
-        none = torch.tensor([-1], device=self.device)
+        none = torch.full((1,), -1, device=self.device)
         last = torch.cat([r.prefix_indices[-1:] if len(r.prefix_indices) else none for r in requests])
         count = int((lengths - prefixes).sum())
-        slots = self.allocator.alloc_extend(prefixes.to(self.device), prefixes, lengths.to(self.device), lengths, last, count)
+        slots = self.allocator.alloc_extend(self._send(prefixes), prefixes, self._send(lengths), lengths, last, count)
         for request, own in zip(requests, slots.split((lengths - prefixes).tolist()), strict=True):
             start = request.kv_committed_len
             self.rows.write((request.req_pool_idx, slice(0, start)), request.prefix_indices.to(torch.int32))
@@ -138,7 +139,7 @@ class MiniServer:
         lengths = torch.tensor([request.kv_committed_len + 1 for request in requests])
         self._evict_shortfall(len(requests) * PAGE_TOKENS)
         last = torch.stack([self.rows.req_to_token[r.req_pool_idx, r.kv_committed_len - 1] for r in requests]).long()
-        slots = self.allocator.alloc_decode(lengths.to(self.device), lengths, last)
+        slots = self.allocator.alloc_decode(self._send(lengths), lengths, last)
         for request, slot in zip(requests, slots.unbind(), strict=True):
             self.rows.write((request.req_pool_idx, request.kv_committed_len), slot.to(torch.int32))
         return self._plan(requests, slots, [1] * len(requests), decode=True)
@@ -185,7 +186,7 @@ class MiniServer:
         forward = SimpleNamespace(
             forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
             batch_size=len(requests),
-            req_pool_indices=rows,
+            req_pool_indices=self._send(rows),
             seq_lens_cpu=torch.tensor([request.kv_committed_len for request in requests]),
             extend_prefix_lens_cpu=None if decode else prefixes,
             out_cache_loc=slots,
@@ -194,6 +195,9 @@ class MiniServer:
         if decode:
             return plan_decode(self.store, self.pages.decode(forward))
         return plan_forward(self.store, self.pages.extend(forward))
+
+    def _send(self, values: torch.Tensor) -> torch.Tensor:
+        return upload(values.numpy(), self.store.device)
 
     def _evict_shortfall(self, tokens: int) -> None:
         short = tokens - self.allocator.available_size()

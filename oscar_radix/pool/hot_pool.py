@@ -135,7 +135,9 @@ class HotPool:
         """Hand the blocks of page `source` to page `target`, which holds none; `source` is left at level 0."""
         if self.levels[target]:
             raise RuntimeError(f"page {target} already holds {self.levels[target]} hot rows; cannot take those of page {source}")
-        self.row_masks[:, target] = self.row_masks[:, source]
+        if self.levels[source] != PAGE_TOKENS:
+            # A whole page's mask comes with the tables: a forward that runs now may still read the target by its old one.
+            self.row_masks[:, target] = self.row_masks[:, source]
         self.block_table[target] = self.block_table[source]
         self.levels[target] = self.levels[source]
         self.block_table[source] = -1

@@ -52,6 +52,7 @@ class KVStore:
         self.codec: Codec | None = None
         self.bad_rows = torch.zeros(1, dtype=torch.int32, device=device)
         """Rows of K or V with NaN or Inf, over all layers and heads; counted on the device."""
+        self._polled = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
 
     # Ownership -------------------------------------------------------------------------------------------------------
 
@@ -141,6 +142,11 @@ class KVStore:
     def seal(self, layer: int, pages: torch.Tensor, rows: Rows) -> None:
         """Write the 2-bit records of `pages` (int64 [N]) from their int8 rows, each tensor [N, Hkv, 32, ...]."""
         self.base.write(layer, pages, *self.codec.seal(layer, rows.k, rows.k_scale, rows.v, rows.v_scale))
+
+    def poll_bad_rows(self) -> int:
+        """`bad_rows` without waiting for it: on a GPU, what had been counted by an earlier poll."""
+        self._polled.copy_(self.bad_rows, non_blocking=True)
+        return int(self._polled)
 
     # Accounting ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""No step waits for the device. Its tensors are on torch's `meta` device here, which has shapes and no data: reading any of it fails."""
+"""No step waits for the device. Without a GPU its tensors are on torch's `meta` device, which has shapes and no data: reading any of it
+fails. On a GPU torch itself reports whatever waits."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,10 +11,20 @@ from oscar_radix.patches.host_pages import pages_of
 from tests.helpers import make_store
 from tests.mini_server import TINY, MiniServer, tokens_of
 
+GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])
 
-@pytest.fixture
-def server() -> MiniServer:
-    return MiniServer(make_store(pages=40, hot_pages=20, policy="none", recent_tokens=64, geometry=TINY, device="meta"))
+
+@pytest.fixture(params=["meta", GPU])
+def server(request) -> Iterator[MiniServer]:
+    yield MiniServer(make_store(pages=40, hot_pages=20, policy="none", recent_tokens=64, geometry=TINY, device=request.param))
+    if request.param == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def begin(server: MiniServer) -> None:
+    """From here on a wait is an error."""
+    if server.device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
 
 
 def test_reading_such_a_tensor_fails():
@@ -24,6 +37,7 @@ def test_reading_such_a_tensor_fails():
 
 
 def test_a_decode_step(server):
+    begin(server)
     requests = [server.start(tokens_of([1, 2, 3], tail=tail)) for tail in (3, 30, 31)]
     server.prefill([(request, request.prompt_left) for request in requests])
     for step in range(3 * PAGE_TOKENS):
@@ -35,6 +49,7 @@ def test_a_decode_step(server):
 
 def test_a_whole_conversation(server):
     """Hits, chunks, duplicates, generation into the tree, retraction, eviction."""
+    begin(server)
     for user in range(12):
         prompt = tokens_of([1, 2, 3, 4, 10 + user], tail=20 + user)
         request = server.start(prompt)
