@@ -106,7 +106,9 @@ def main() -> None:
             figures = f"{row.microseconds:8.1f} us {row.megabytes:8.1f} MB {100 * row.bandwidth_share:5.1f} % of copy"
             print(f"B={batch:3} L={tokens:7} {kernel:24} {figures}", flush=True)
     if args.json:
-        write_report(args.json, f"python -m benchmarks.decode --shapes {args.shapes}", [vars(row) for row in rows], copy_bytes_per_second=peak)
+        write_report(
+            args.json, f"python -m benchmarks.decode --shapes {args.shapes}", [vars(row) for row in rows], copy_bytes_per_second=peak
+        )
 
 
 if __name__ == "__main__":

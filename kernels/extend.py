@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from oscar_radix.kernels.extend_hopper import extend_hopper
-from oscar_radix.kernels.operands import int8_rows, record_keys, record_values
+from oscar_radix.kernels.operands import halves, int8_rows, pair, record_keys, record_values, twice
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, softmax_step
 
 ROWS = 128
@@ -48,20 +48,26 @@ def _set_bits(x):
 
 @triton.jit
 def _key_constants(key_step, key_zero, key_masks, head, plane: tl.constexpr, D: tl.constexpr):
-    """Mask, step and shift of one K plane (see `operands.key_plane`), [1, D / 4]."""
-    at = head * D + plane * (D // 4) + tl.arange(0, D // 4)
-    step = tl.load(key_step + at)
-    mask = (tl.load(key_masks + at) << (2 * plane)).to(tl.uint8)
-    shift = -step * tl.load(key_zero + at)
-    return mask[None, :], (step * 0.25**plane)[None, :].to(tl.float16), shift[None, :].to(tl.float16)
+    """Mask, steps and shifts of one K plane (see `operands.key_plane`), [1, D / 16] each."""
+    at = head * D + plane * (D // 4) + tl.arange(0, D // 16) * 4
+    mask = tl.load((key_masks + at).to(tl.pointer_type(tl.int32))) << (2 * plane)
+    s0 = tl.load(key_step + at)
+    s1 = tl.load(key_step + at + 1)
+    s2 = tl.load(key_step + at + 2)
+    s3 = tl.load(key_step + at + 3)
+    low = pair(-s0 * tl.load(key_zero + at), -s1 * tl.load(key_zero + at + 1))
+    high = pair(-s2 * tl.load(key_zero + at + 2), -s3 * tl.load(key_zero + at + 3))
+    s0 = pair(s0 * 0.25**plane, s1 * 0.25**plane)
+    s2 = pair(s2 * 0.25**plane, s3 * 0.25**plane)
+    return mask[None, :], s0[None, :], s2[None, :], low[None, :], high[None, :]
 
 
 @triton.jit
 def _hot_rows(opened, hot, at, rows_ptr, scales_ptr, D: tl.constexpr, WHICH: tl.constexpr):
-    """Opened rows [TILE, D] with the hot tokens' int8 rows in their places."""
-    rows = tl.load(rows_ptr + at[:, None] * D + tl.arange(0, D)[None, :], mask=hot[:, None], other=0)
+    """Opened rows, pairs [TILE, D / 2], with the hot tokens' int8 rows in their places."""
+    rows = tl.load(rows_ptr + at[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :], mask=hot[:, None], other=0)
     scale = tl.load(scales_ptr + at * 2 + WHICH, mask=hot, other=0.0)
-    return tl.where(hot[:, None], int8_rows(rows, scale[:, None]), opened)
+    return tl.where(hot[:, None], int8_rows(rows, twice(scale)[:, None]), opened)
 
 
 @triton.jit
@@ -73,13 +79,13 @@ def _attend_tile(s, valid, values, top, total, acc):
 
 @triton.jit(do_not_specialize=["row_stride", "splits", "total_rows"])
 def _extend(
-    query_ptr, k_ptr, v_ptr, k_codes, v_words, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
+    query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
     key_step, key_zero, key_masks, mean_ptr, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
     out_ptr, lse_ptr, row_stride, splits, total_rows,
     Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTIAL: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
-    block = tl.program_id(1)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
     split = tl.program_id(2)
     request = tl.load(block_request + block)
     first = tl.load(block_first + block)
@@ -94,10 +100,10 @@ def _extend(
     at_row = (start + position).to(tl.int64) * (Hkv * G) + head * G + member
     channel = tl.arange(0, D)
     query = tl.load(query_ptr + at_row[:, None] * D + channel[None, :], mask=row_ok[:, None], other=0.0)
-    m0, s0, z0 = _key_constants(key_step, key_zero, key_masks, head, 0, D)
-    m1, s1, z1 = _key_constants(key_step, key_zero, key_masks, head, 1, D)
-    m2, s2, z2 = _key_constants(key_step, key_zero, key_masks, head, 2, D)
-    m3, s3, z3 = _key_constants(key_step, key_zero, key_masks, head, 3, D)
+    c0 = _key_constants(key_step, key_zero, key_masks, head, 0, D)
+    c1 = _key_constants(key_step, key_zero, key_masks, head, 1, D)
+    c2 = _key_constants(key_step, key_zero, key_masks, head, 2, D)
+    c3 = _key_constants(key_step, key_zero, key_masks, head, 3, D)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
@@ -111,12 +117,13 @@ def _extend(
         valid = at < prefix
         page = (tl.load(row + at // PAGE * PAGE, mask=valid, other=0) // PAGE).to(tl.int64)
         record = (page * Hkv + head) * PAGE + at % PAGE
-        codes = tl.load(k_codes + record[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :])
-        words = tl.load(v_words + record[:, None] * (D // 8) + tl.arange(0, D // 8)[None, :])
+        word = tl.arange(0, D // 16)
+        codes = tl.load(k_codes + record[:, None] * (D // 16) + word[None, :])
+        words = tl.load(v_codes + record[:, None] * (D // 16) + word[None, :])
         k_scale = tl.load(scales + record * 2, mask=valid, other=0.0)
         v_scale = tl.load(scales + record * 2 + 1, mask=valid, other=0.0)
-        keys = record_keys(codes, (m0, m1, m2, m3), (s0, s1, s2, s3), (z0, z1, z2, z3), k_scale[:, None])
-        values = record_values(words, v_scale[:, None])
+        keys = record_keys(codes, c0 + c1 + c2 + c3, twice(k_scale)[:, None])
+        values = record_values(words, twice(v_scale)[:, None])
         # Row j of a page's hot rows is its j-th hot token.
         mask = tl.load(row_masks + page * Hkv + head)
         hot = (((mask >> (at % PAGE)) & 1) != 0) & valid
@@ -126,7 +133,7 @@ def _extend(
             hot_at = (block_number * Hkv + head) * BLOCK_ROWS + index % BLOCK_ROWS
             keys = _hot_rows(keys, hot, hot_at, hot_k, hot_scales, D, 0)
             values = _hot_rows(values, hot, hot_at, hot_v, hot_scales, D, 1)
-        top, total, acc = _attend_tile(tl.dot(query, tl.trans(keys)), valid[None, :], values, top, total, acc)
+        top, total, acc = _attend_tile(tl.dot(query, tl.trans(halves(keys))), valid[None, :], halves(values), top, total, acc)
     for tile in range(tl.maximum(first_tile, prefix_tiles), last_tile):
         at = (tile - prefix_tiles) * TILE + token
         own = ((start + at).to(tl.int64) * Hkv + head)[:, None] * D + channel[None, :]
@@ -143,7 +150,9 @@ def _extend(
 
 
 @triton.jit(do_not_specialize=["splits", "total_rows"])
-def _merge_parts(partial_ptr, lse_ptr, mean_ptr, out_ptr, splits, total_rows, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr):
+def _merge_parts(
+    partial_ptr, lse_ptr, mean_ptr, out_ptr, splits, total_rows, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr
+):
     """Merge the parts of one query row; still in the value basis, V's mean added."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, D)
@@ -189,14 +198,15 @@ def extend(
     kv_heads = own[0].shape[1]
     group = query_heads // kv_heads
     rows = tokens * query_heads
-    k_codes, v_codes, *rest = layer_cache
+    k_codes, v_codes, scales, hot_k, hot_v, *rest = layer_cache
+    words = (k_codes.view(torch.int32), v_codes.view(torch.int32), scales, hot_k.view(torch.int32), hot_v.view(torch.int32))
     req_to_token, *where = sequences
     target, lse = out, value_mean
     if splits > 1:
         target = torch.empty(splits, tokens, query_heads, dim, dtype=torch.float32, device=out.device)
         lse = torch.empty(splits, tokens, query_heads, dtype=torch.float32, device=out.device)
     arguments = (
-        query, *own, k_codes, v_codes.view(torch.int16), *rest, block_table, *key_parameters, value_mean, req_to_token, *where, *blocks,
+        query, *own, *words, *rest, block_table, *key_parameters, value_mean, req_to_token, *where, *blocks,
         target, lse, req_to_token.stride(0), splits, rows,
     )  # fmt: skip
     constants = {"Hkv": kv_heads, "G": group, "GROUP": triton.next_power_of_2(group), "D": dim, "PARTIAL": splits > 1}

@@ -1,9 +1,9 @@
-"""Extend attention on Hopper: one warpgroup opens pages into shared memory, two compute.
+"""Extend attention on Hopper: two warpgroups open pages into shared memory, two compute.
 
-A program holds 128 query rows: the heads of a GQA group for 128 / group tokens. The producer turns 2-bit records, int8 rows and
-the chunk's own keys into fp16 tiles of 128 tokens, so that their cost is hidden and paid once for all rows; each of the two consumers
-keeps 64 rows, and computes the scores of a tile while the values of the tile before are being added (FlashAttention-3, arXiv
-2407.08608, section 3.2). Queries carry the softmax scale and log2(e).
+A program holds 128 query rows: the heads of a GQA group for 128 / group tokens. One producer turns keys, the other values, from 2-bit
+records, int8 rows or the chunk's own rows into fp16 tiles of 128 tokens, so that the cost is hidden and paid once for all rows. Each
+consumer keeps 64 rows, and computes the scores of a tile while the values of the tile before are being added (FlashAttention-3,
+arXiv 2407.08608, section 3.2). Queries carry the softmax scale and log2(e).
 """
 
 from triton.experimental import gluon
@@ -15,26 +15,16 @@ from oscar_radix.kernels import operands
 record_keys = gluon.jit(operands.record_keys.fn)
 record_values = gluon.jit(operands.record_values.fn)
 int8_rows = gluon.jit(operands.int8_rows.fn)
+pair = gluon.jit(operands.pair.fn)
+twice = gluon.jit(operands.twice.fn)
 
 TILE = gl.constexpr(128)
 """Tokens of a tile."""
 HALF = gl.constexpr(64)
 """Tokens that the producer opens at a time: two pages."""
 STAGES = gl.constexpr(2)
-"""Tiles in shared memory."""
+"""Tiles of keys, and of values, in shared memory."""
 CONSUMER_ROWS = gl.constexpr(64)
-
-
-@gluon.constexpr_function
-def key_bytes_layout(D):
-    """Packed bytes of K, [tokens, D / 4]: four lanes a token."""
-    return gl.BlockedLayout([1, D // 16], [8, 4], [4, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def value_words_layout(D):
-    """Packed words of V, [tokens, D / 8]: four lanes a token."""
-    return gl.BlockedLayout([1, D // 32], [8, 4], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
@@ -48,21 +38,43 @@ def _bits(first, last):
 
 
 @gluon.constexpr_function
-def key_rows_layout(D):
-    """Opened keys [HALF, D], as `record_keys` leaves them: a lane holds D / 16 channels of each plane."""
-    return gl.DistributedLinearLayout(
-        [*_bits(1, D // 16), [0, D // 4], [0, D // 2], [32, 0]],
-        [[0, D // 16], [0, D // 8], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [64, D],
-    )  # fmt: skip
+def _layout(columns, lane_columns, WHICH, width):
+    """Layout [HALF, width] in which a lane holds `columns` of one (V) or two (K) tokens.
+
+    The tokens of neighbouring lanes differ in the bits that put them into different banks of a 128-byte swizzled tile.
+    """
+    if WHICH == 0:
+        lanes = [*lane_columns, [4, 0], [1, 0], [2, 0]]
+        return gl.DistributedLinearLayout([*columns, [32, 0]], lanes, [[8, 0], [16, 0]], [], [64, width])
+    return gl.DistributedLinearLayout(columns, [*lane_columns, [2, 0], [4, 0], [1, 0], [8, 0]], [[16, 0], [32, 0]], [], [64, width])
 
 
 @gluon.constexpr_function
-def value_rows_layout(D):
-    """Opened values [HALF, D], as `record_values` leaves them."""
-    return gl.DistributedLinearLayout(
-        [*_bits(1, D // 32), [0, D // 8], [0, D // 4], [0, D // 2], [32, 0]],
-        [[0, D // 32], [0, D // 16], [1, 0], [2, 0], [4, 0]], [[8, 0], [16, 0]], [], [64, D],
-    )  # fmt: skip
+def codes_layout(D, WHICH):
+    """Packed words [HALF, D / 16] of K (WHICH = 0), four lanes a token, or of V (1), two lanes a token."""
+    words = D // 64 if WHICH == 0 else D // 32
+    return _layout(_bits(1, words), _bits(words, D // 16), WHICH, D // 16)
+
+
+@gluon.constexpr_function
+def _opened_layout(D, WHICH, unit):
+    """Layout of opened rows in columns of `unit` pairs: a lane's words of a plane, then the planes."""
+    planes = [D // 8, D // 4] if WHICH == 0 else [D // 16, D // 8, D // 4]
+    lanes = [D // 32, D // 16] if WHICH == 0 else [D // 32]
+    columns = [*_bits(1, D // 32 // unit), *[[0, plane // unit] for plane in planes]]
+    return _layout(columns, [[0, lane // unit] for lane in lanes], WHICH, D // 2 // unit)
+
+
+@gluon.constexpr_function
+def pairs_layout(D, WHICH):
+    """Opened rows, pairs [HALF, D / 2], as `record_keys` and `record_values` leave them."""
+    return _opened_layout(D, WHICH, 1)
+
+
+@gluon.constexpr_function
+def rows_layout(D, WHICH):
+    """int8 rows, words [HALF, D / 4], that `int8_rows` opens into `pairs_layout`."""
+    return _opened_layout(D, WHICH, 2)
 
 
 @gluon.jit
@@ -71,161 +83,193 @@ def _set_bits(x):
 
 
 @gluon.jit
-def _key_constants(key_step, key_zero, key_masks, head, D: gl.constexpr, plane: gl.constexpr):
-    """Mask, step and shift of one K plane (see `operands.key_plane`), [1, D / 4]."""
-    Q: gl.constexpr = D // 4
-    channel = plane * Q + gl.arange(0, Q, gl.SliceLayout(0, key_bytes_layout(D)))
-    step = gl.load(key_step + head * D + channel)
-    mask = gl.load(key_masks + head * D + channel) << (2 * plane)
-    shift = -step * gl.load(key_zero + head * D + channel)
-    return mask[None, :].to(gl.uint8), (step * 0.25**plane)[None, :].to(gl.float16), shift[None, :].to(gl.float16)
+def _store_key_constants(key_step, key_zero, key_masks, head, constants, D: gl.constexpr):
+    """For each K plane the masks, steps and shifts of `operands.key_plane` to shared memory, [20, 1, D / 16]."""
+    W: gl.constexpr = D // 16
+    word = gl.arange(0, W, gl.SliceLayout(0, codes_layout(D, 0)))
+    for plane in gl.static_range(4):
+        at = head * D + plane * (D // 4) + word * 4
+        s0 = gl.load(key_step + at)
+        s1 = gl.load(key_step + at + 1)
+        s2 = gl.load(key_step + at + 2)
+        s3 = gl.load(key_step + at + 3)
+        mask = gl.load((key_masks + at).to(gl.pointer_type(gl.int32))) << (2 * plane)
+        constants.index(5 * plane).store(mask[None, :])
+        constants.index(5 * plane + 1).store(pair(s0 * 0.25**plane, s1 * 0.25**plane)[None, :])
+        constants.index(5 * plane + 2).store(pair(s2 * 0.25**plane, s3 * 0.25**plane)[None, :])
+        constants.index(5 * plane + 3).store(pair(-s0 * gl.load(key_zero + at), -s1 * gl.load(key_zero + at + 1))[None, :])
+        constants.index(5 * plane + 4).store(pair(-s2 * gl.load(key_zero + at + 2), -s3 * gl.load(key_zero + at + 3))[None, :])
+    gl.thread_barrier()
+
+
+# A half tile goes through the producer in five steps, one an iteration, so that no load is waited for: slots; pages and their hot masks;
+# blocks of hot rows; codes, rows and scales; conversion.
 
 
 @gluon.jit
-def _pages(row, half, prefix):
-    """Page numbers of the two pages of a half tile; page 0 beyond the prefix."""
+def _slots(row, half, prefix):
+    """First slots of the two pages of a half tile; those of page 0 beyond the prefix."""
     position = half * HALF
-    first = gl.load(row + position, mask=position < prefix, other=0) // 32
-    second = gl.load(row + position + 32, mask=position + 32 < prefix, other=0) // 32
-    return first.to(gl.int64), second.to(gl.int64)
+    return gl.load(row + position, mask=position < prefix, other=0), gl.load(row + position + 32, mask=position + 32 < prefix, other=0)
 
 
 @gluon.jit
-def _load_records(first, second, half, prefix, head, k_codes, v_words, scales, Hkv: gl.constexpr, D: gl.constexpr):
-    """Codes and scales of a half tile; scales of tokens beyond the prefix are 0, so that they open as zeros."""
-    KB: gl.constexpr = key_bytes_layout(D)
-    VW: gl.constexpr = value_words_layout(D)
-    token = gl.arange(0, HALF, gl.SliceLayout(1, KB))
-    record = (gl.where(token < 32, first, second) * Hkv + head) * 32 + token % 32
-    valid = half * HALF + token < prefix
-    codes = gl.load(k_codes + record[:, None] * (D // 4) + gl.arange(0, D // 4, gl.SliceLayout(0, KB))[None, :])
-    k_scale = gl.load(scales + record * 2, mask=valid, other=0.0)
-    token = gl.arange(0, HALF, gl.SliceLayout(1, VW))
-    record = (gl.where(token < 32, first, second) * Hkv + head) * 32 + token % 32
-    valid = half * HALF + token < prefix
-    words = gl.load(v_words + record[:, None] * (D // 8) + gl.arange(0, D // 8, gl.SliceLayout(0, VW))[None, :])
-    v_scale = gl.load(scales + record * 2 + 1, mask=valid, other=0.0)
-    return codes, k_scale, words, v_scale
+def _masks(first, second, row_masks, head, Hkv: gl.constexpr):
+    """Pages of two slots, and which of their tokens are hot for this head."""
+    first = first // 32
+    second = second // 32
+    return first, second, gl.load(row_masks + first * Hkv + head), gl.load(row_masks + second * Hkv + head)
 
 
 @gluon.jit
-def _with_hot_rows(
-    opened, first, second, first_mask, second_mask, half, prefix, head, hot_rows, hot_scales, table_ptr,
-    WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr, L: gl.constexpr,
-):  # fmt: skip
-    """Replace the hot tokens of an opened half tile by their int8 rows; row j of a page is its j-th hot token."""
+def _hot_tokens(first_mask, second_mask, half, prefix, L: gl.constexpr):
+    """For each token of a half tile: is it hot and within the prefix, and how many hot tokens of its page come before it."""
     token = gl.arange(0, HALF, gl.SliceLayout(1, L))
-    place = token % 32
     mask = gl.where(token < 32, first_mask, second_mask)
-    hot = ((mask >> place) & 1) != 0
-    read = hot & (half * HALF + token < prefix)
-    index = _set_bits(mask & ((1 << place) - 1))
-    block = gl.load(table_ptr + gl.where(token < 32, first, second) * 16 + index // 2, mask=read, other=0).to(gl.int64)
-    at = (block * Hkv + head) * 2 + index % 2
-    channel = gl.arange(0, D, gl.SliceLayout(0, L))
-    rows = gl.load(hot_rows + at[:, None] * D + channel[None, :], mask=read[:, None], other=0)
-    scale = gl.load(hot_scales + at * 2 + WHICH, mask=read, other=0.0)
-    return gl.where(hot[:, None], int8_rows(rows, scale[:, None]), opened)
+    hot = ((mask >> (token % 32)) & 1) != 0
+    return hot & (half * HALF + token < prefix), _set_bits(mask & ((1 << (token % 32)) - 1))
 
 
 @gluon.jit
-def _put(tile, rows, half):
-    """Rows of a half tile to their place in shared memory."""
-    if half % 2 == 0:
-        tile.slice(0, HALF).store(rows)
+def _blocks(first, second, first_mask, second_mask, half, prefix, table_ptr, L: gl.constexpr):
+    """Hot block of each hot token; row j of a page's blocks is its j-th hot token."""
+    block = gl.zeros([HALF], gl.int32, gl.SliceLayout(1, L))
+    if (first_mask | second_mask) != 0:
+        hot, index = _hot_tokens(first_mask, second_mask, half, prefix, L)
+        token = gl.arange(0, HALF, gl.SliceLayout(1, L))
+        block = gl.load(table_ptr + gl.where(token < 32, first, second) * 16 + index // 2, mask=hot, other=0)
+    return block
+
+
+@gluon.jit
+def _cold_rows(
+    first, second, first_mask, second_mask, half, prefix, head, codes_ptr, scales, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """Codes and scales of a half tile's cold tokens; scale 0 beyond the prefix, so that zeros come of it."""
+    C: gl.constexpr = codes_layout(D, WHICH)
+    codes = gl.zeros([HALF, D // 16], gl.int32, C)
+    scale = gl.zeros([HALF], gl.float16, gl.SliceLayout(1, C))
+    if (first_mask & second_mask) != -1:
+        token = gl.arange(0, HALF, gl.SliceLayout(1, C))
+        page = gl.where(token < 32, first, second).to(gl.int64)
+        record = (page * Hkv + head) * 32 + token % 32
+        valid = half * HALF + token < prefix
+        word = gl.arange(0, D // 16, gl.SliceLayout(0, C))
+        codes = gl.load(codes_ptr + record[:, None] * (D // 16) + word[None, :])
+        scale = gl.load(scales + record * 2 + WHICH, mask=valid, other=0.0)
+    return codes, scale
+
+
+@gluon.jit
+def _hot_rows(
+    first_mask, second_mask, block, half, prefix, head, hot_ptr, hot_scales, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr
+):  # fmt: skip
+    """int8 rows and scales of a half tile's hot tokens."""
+    R: gl.constexpr = rows_layout(D, WHICH)
+    rows = gl.zeros([HALF, D // 4], gl.int32, R)
+    scale = gl.zeros([HALF], gl.float16, gl.SliceLayout(1, R))
+    if (first_mask | second_mask) != 0:
+        hot, index = _hot_tokens(first_mask, second_mask, half, prefix, R)
+        at = (block.to(gl.int64) * Hkv + head) * 2 + index % 2
+        word = gl.arange(0, D // 4, gl.SliceLayout(0, R))
+        rows = gl.load(hot_ptr + at[:, None] * (D // 4) + word[None, :], mask=hot[:, None], other=0)
+        scale = gl.load(hot_scales + at * 2 + WHICH, mask=hot, other=0.0)
+    return rows, scale
+
+
+@gluon.jit
+def _open(codes, scale, constants, WHICH: gl.constexpr, D: gl.constexpr):
+    """Keys or values of packed words, pairs [HALF, D / 2]."""
+    C: gl.constexpr = codes_layout(D, WHICH)
+    if WHICH == 0:
+        loaded = ()
+        for i in gl.static_range(20):
+            loaded = loaded + (constants.index(i).load(C),)
+        opened = record_keys(codes, loaded, twice(scale)[:, None])
     else:
-        tile.slice(HALF, HALF).store(rows)
+        opened = record_values(codes, twice(scale)[:, None])
+    return gl.convert_layout(opened, pairs_layout(D, WHICH), assert_trivial=True)
 
 
 @gluon.jit
 def _produce_prefix(
-    first_half, last_half, prefix, row, head,
-    k_codes, v_words, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
-    k_tiles, v_tiles, full, free, Hkv: gl.constexpr, D: gl.constexpr,
+    first_half, last_half, prefix, row, head, codes_ptr, scales, hot_ptr, hot_scales, row_masks, table_ptr, constants,
+    tiles, full, free, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """Open cached tokens, half a tile at a time; records are loaded one half ahead, page numbers two."""
-    KR: gl.constexpr = key_rows_layout(D)
-    VR: gl.constexpr = value_rows_layout(D)
-    m0, s0, z0 = _key_constants(key_step, key_zero, key_masks, head, D, 0)
-    m1, s1, z1 = _key_constants(key_step, key_zero, key_masks, head, D, 1)
-    m2, s2, z2 = _key_constants(key_step, key_zero, key_masks, head, D, 2)
-    m3, s3, z3 = _key_constants(key_step, key_zero, key_masks, head, D, 3)
-    first, second = _pages(row, first_half, prefix)
-    first_mask = gl.load(row_masks + first * Hkv + head)
-    second_mask = gl.load(row_masks + second * Hkv + head)
-    codes, k_scale, words, v_scale = _load_records(first, second, first_half, prefix, head, k_codes, v_words, scales, Hkv, D)
-    next_first, next_second = _pages(row, first_half + 1, prefix)
+    """Open cached tokens, half a tile an iteration."""
+    R: gl.constexpr = rows_layout(D, WHICH)
+    P: gl.constexpr = pairs_layout(D, WHICH)
+    pairs = tiles._reinterpret(gl.int32, [STAGES, TILE, D // 2], gl.NVMMASharedLayout(128, 32, 2))
+    s0, s1 = _slots(row, first_half, prefix)
+    p0, p1, m0, m1 = _masks(s0, s1, row_masks, head, Hkv)
+    block = _blocks(p0, p1, m0, m1, first_half, prefix, table_ptr, R)
+    codes, scale = _cold_rows(p0, p1, m0, m1, first_half, prefix, head, codes_ptr, scales, WHICH, Hkv, D)
+    rows, hot_scale = _hot_rows(m0, m1, block, first_half, prefix, head, hot_ptr, hot_scales, WHICH, Hkv, D)
+    s0, s1 = _slots(row, first_half + 1, prefix)
+    next_p0, next_p1, next_m0, next_m1 = _masks(s0, s1, row_masks, head, Hkv)
+    next_block = _blocks(next_p0, next_p1, next_m0, next_m1, first_half + 1, prefix, table_ptr, R)
+    s0, s1 = _slots(row, first_half + 2, prefix)
+    after_p0, after_p1, after_m0, after_m1 = _masks(s0, s1, row_masks, head, Hkv)
+    s0, s1 = _slots(row, first_half + 3, prefix)
     for half in range(first_half, last_half):
         turn = (half - first_half) // 2
         stage = turn % STAGES
-        next_first_mask = gl.load(row_masks + next_first * Hkv + head)
-        next_second_mask = gl.load(row_masks + next_second * Hkv + head)
-        next_codes, next_k_scale, next_words, next_v_scale = _load_records(
-            next_first, next_second, half + 1, prefix, head, k_codes, v_words, scales, Hkv, D
-        )
-        third, fourth = _pages(row, half + 2, prefix)
+        opened = gl.zeros([HALF, D // 2], gl.int32, P)
+        if (m0 & m1) != -1:
+            opened = _open(codes, scale, constants, WHICH, D)
+        if (m0 | m1) != 0:
+            hot, _ = _hot_tokens(m0, m1, half, prefix, P)
+            opened = gl.where(hot[:, None], gl.convert_layout(int8_rows(rows, twice(hot_scale)[:, None]), P, assert_trivial=True), opened)
+        # The loads of the next half are under way while this one waits for its place and is stored.
+        codes, scale = _cold_rows(next_p0, next_p1, next_m0, next_m1, half + 1, prefix, head, codes_ptr, scales, WHICH, Hkv, D)
+        rows, hot_scale = _hot_rows(next_m0, next_m1, next_block, half + 1, prefix, head, hot_ptr, hot_scales, WHICH, Hkv, D)
+        m0, m1 = next_m0, next_m1
+        next_block = _blocks(after_p0, after_p1, after_m0, after_m1, half + 2, prefix, table_ptr, R)
+        next_p0, next_p1, next_m0, next_m1 = after_p0, after_p1, after_m0, after_m1
+        after_p0, after_p1, after_m0, after_m1 = _masks(s0, s1, row_masks, head, Hkv)
+        s0, s1 = _slots(row, half + 4, prefix)
         if half % 2 == 0:
             mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
-        any_cold = (first_mask & second_mask) != -1
-        any_hot = (first_mask | second_mask) != 0
-        rows = gl.zeros([HALF, D], gl.float16, KR)
-        if any_cold:
-            opened = record_keys(codes, (m0, m1, m2, m3), (s0, s1, s2, s3), (z0, z1, z2, z3), k_scale[:, None])
-            rows = gl.convert_layout(opened, KR, assert_trivial=True)
-        if any_hot:
-            rows = _with_hot_rows(
-                rows, first, second, first_mask, second_mask, half, prefix, head, hot_k, hot_scales, table_ptr, 0, Hkv, D, KR
-            )
-        _put(k_tiles.index(stage), rows, half)
-        rows = gl.zeros([HALF, D], gl.float16, VR)
-        if any_cold:
-            rows = gl.convert_layout(record_values(words, v_scale[:, None]), VR, assert_trivial=True)
-        if any_hot:
-            rows = _with_hot_rows(
-                rows, first, second, first_mask, second_mask, half, prefix, head, hot_v, hot_scales, table_ptr, 1, Hkv, D, VR
-            )
-        _put(v_tiles.index(stage), rows, half)
-        if half % 2 == 1:
-            fence_async_shared()
+            pairs.index(stage).slice(0, HALF).store(opened)
+        else:
+            pairs.index(stage).slice(HALF, HALF).store(opened)
             gl.thread_barrier()
             mbarrier.arrive(full.index(stage), count=1)
-        first, second, first_mask, second_mask = next_first, next_second, next_first_mask, next_second_mask
-        codes, k_scale, words, v_scale = next_codes, next_k_scale, next_words, next_v_scale
-        next_first, next_second = third, fourth
 
 
 @gluon.jit
 def _copy_own(position, length, start, head, rows_ptr, tile, Hkv: gl.constexpr, D: gl.constexpr):
     """The chunk's own rows position..position + 127 to shared memory; beyond the chunk zeros."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    for part in gl.static_range(4):
-        token = position + part * 32 + gl.arange(0, 32, gl.SliceLayout(1, L))
-        at = ((start + token).to(gl.int64) * Hkv + head)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
-        tile.slice(part * 32, 32).store(gl.load(rows_ptr + at, mask=(token < length)[:, None], other=0.0))
+    token = position + gl.arange(0, HALF, gl.SliceLayout(1, L))
+    at = ((start + token).to(gl.int64) * Hkv + head)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
+    first = gl.load(rows_ptr + at, mask=(token < length)[:, None], other=0.0)
+    second = gl.load(rows_ptr + at + HALF * Hkv * D, mask=(token + HALF < length)[:, None], other=0.0)
+    tile.slice(0, HALF).store(first)
+    tile.slice(HALF, HALF).store(second)
 
 
 @gluon.jit
 def _produce(
     first_tile, last_tile, prefix, length, start, row, head,
-    k_codes, v_words, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks, k_ptr, v_ptr,
-    k_tiles, v_tiles, full, free, Hkv: gl.constexpr, D: gl.constexpr,
+    codes_ptr, scales, hot_ptr, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks, own_ptr, constants,
+    tiles, full, free, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
+    """Tiles of keys (WHICH = 0) or of values (1) to shared memory: the prefix's, then the chunk's own."""
     prefix_tiles = (prefix + TILE - 1) // TILE
     boundary = gl.minimum(last_tile, prefix_tiles)
     if first_tile < boundary:
+        if WHICH == 0:
+            _store_key_constants(key_step, key_zero, key_masks, head, constants, D)
         _produce_prefix(
-            2 * first_tile, 2 * boundary, prefix, row, head,
-            k_codes, v_words, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
-            k_tiles, v_tiles, full, free, Hkv, D,
+            2 * first_tile, 2 * boundary, prefix, row, head, codes_ptr, scales, hot_ptr, hot_scales, row_masks, table_ptr, constants,
+            tiles, full, free, WHICH, Hkv, D,
         )  # fmt: skip
     for tile in range(gl.maximum(first_tile, prefix_tiles), last_tile):
         turn = tile - first_tile
         stage = turn % STAGES
         mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
-        position = (tile - prefix_tiles) * TILE
-        _copy_own(position, length, start, head, k_ptr, k_tiles.index(stage), Hkv, D)
-        _copy_own(position, length, start, head, v_ptr, v_tiles.index(stage), Hkv, D)
-        fence_async_shared()
+        _copy_own((tile - prefix_tiles) * TILE, length, start, head, own_ptr, tiles.index(stage), Hkv, D)
         gl.thread_barrier()
         mbarrier.arrive(full.index(stage), count=1)
 
@@ -258,13 +302,13 @@ def _mask(s, tile, prefix_tiles, prefix, token, S: gl.constexpr):
 @gluon.jit
 def _consume(
     first_tile, last_tile, prefix, length, start, first, head, split, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr,
-    k_tiles, v_tiles, q_tile, full, free,
+    k_tiles, v_tiles, q_tile, k_full, v_full, k_free, v_free,
     FIRST_ROW: gl.constexpr, Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     """64 query rows, from FIRST_ROW of the program's 128."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     # Row r is token r // GROUP, query head r % GROUP of the group (GROUP is G, rounded up to a power of two).
     r = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, LOAD))
@@ -279,37 +323,46 @@ def _consume(
     token = first + (FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, S))) // GROUP
     top = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     total = gl.zeros([CONSUMER_ROWS], gl.float32, gl.SliceLayout(1, S))
-    acc = gl.zeros([CONSUMER_ROWS, D], gl.float32, O)
+    acc = gl.zeros([CONSUMER_ROWS, D], gl.float32, OUT)
     blank = gl.zeros([CONSUMER_ROWS, TILE], gl.float32, S)
-    mbarrier.wait(full.index(0), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    fence_async_shared()
     s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), blank, use_acc=False)
+    mbarrier.arrive(k_free.index(0), count=1)
     s = _mask(s, first_tile, prefix_tiles, prefix, token, S)
     top, factor, p, total = _softmax_step(s, top, total, P)
     for tile in range(first_tile + 1, last_tile):
         turn = tile - first_tile
         stage = turn % STAGES
         before = (turn - 1) % STAGES
-        mbarrier.wait(full.index(stage), (turn // STAGES) & 1)
+        mbarrier.wait(k_full.index(stage), (turn // STAGES) & 1)
+        mbarrier.wait(v_full.index(before), ((turn - 1) // STAGES) & 1)
+        # Here and not in the producers, which would wait for their loads under way.
+        fence_async_shared()
         s_next = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
         acc_next = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, [s_next])
         s = _mask(s, tile, prefix_tiles, prefix, token, S)
         top, factor, p_next, total = _softmax_step(s, top, total, P)
         acc, p = warpgroup_mma_wait(0, [acc_next, p])
-        mbarrier.arrive(free.index(before), count=1)
-        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, O))[:, None]
+        mbarrier.arrive(k_free.index(stage), count=1)
+        mbarrier.arrive(v_free.index(before), count=1)
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         p = p_next
-    acc = warpgroup_mma(p, v_tiles.index((last_tile - 1 - first_tile) % STAGES), acc)
+    turn = last_tile - 1 - first_tile
+    mbarrier.wait(v_full.index(turn % STAGES), (turn // STAGES) & 1)
+    fence_async_shared()
+    acc = warpgroup_mma(p, v_tiles.index(turn % STAGES), acc)
 
-    row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, O))
+    row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, OUT))
     inside = (first + row // GROUP < length) & (row % GROUP < G)
     at = (start + first + row // GROUP).to(gl.int64) * (Hkv * G) + head * G + row % GROUP
-    channel = gl.arange(0, D, gl.SliceLayout(0, O))
-    sums = gl.convert_layout(total, gl.SliceLayout(1, O))
+    channel = gl.arange(0, D, gl.SliceLayout(0, OUT))
+    sums = gl.convert_layout(total, gl.SliceLayout(1, OUT))
     out = acc * (1.0 / gl.where(sums > 0, sums, 1.0))[:, None]
     if PARTIAL:
         at += split.to(gl.int64) * total_rows
-        lse = gl.convert_layout(top, gl.SliceLayout(1, O)) + gl.log2(sums)
+        lse = gl.convert_layout(top, gl.SliceLayout(1, OUT)) + gl.log2(sums)
         gl.store(lse_ptr + at, lse, mask=inside)
     else:
         out += gl.load(mean_ptr + head * D + channel)[None, :]
@@ -318,13 +371,14 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["row_stride", "splits", "total_rows"])
 def extend_hopper(
-    query_ptr, k_ptr, v_ptr, k_codes, v_words, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
+    query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
     key_step, key_zero, key_masks, mean_ptr, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
     out_ptr, lse_ptr, row_stride, splits, total_rows,
     Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr,
 ):  # fmt: skip
     head = gl.program_id(0)
-    block = gl.program_id(1)
+    # Later blocks read more of their own chunk: the longest first.
+    block = gl.num_programs(1) - 1 - gl.program_id(1)
     split = gl.program_id(2)
     request = gl.load(block_request + block)
     first = gl.load(block_first + block)
@@ -341,28 +395,36 @@ def extend_hopper(
     k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], SWIZZLED)
     v_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], SWIZZLED)
     q_tiles = gl.allocate_shared_memory(gl.float16, [2, CONSUMER_ROWS, D], SWIZZLED)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    constants = gl.allocate_shared_memory(gl.int32, [20, 1, D // 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=2)
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
     fence_async_shared()
     if last_tile > first_tile:
         gl.warp_specialize(
             [
                 (_consume, (
                     first_tile, last_tile, prefix, length, start, first, head, split, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr,
-                    k_tiles, v_tiles, q_tiles.index(0), full, free, 0, Hkv, G, GROUP, D, PARTIAL,
+                    k_tiles, v_tiles, q_tiles.index(0), k_full, v_full, k_free, v_free, 0, Hkv, G, GROUP, D, PARTIAL,
                 )),
                 (_consume, (
                     first_tile, last_tile, prefix, length, start, first, head, split, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr,
-                    k_tiles, v_tiles, q_tiles.index(1), full, free, CONSUMER_ROWS, Hkv, G, GROUP, D, PARTIAL,
+                    k_tiles, v_tiles, q_tiles.index(1), k_full, v_full, k_free, v_free, CONSUMER_ROWS, Hkv, G, GROUP, D, PARTIAL,
                 )),
                 (_produce, (
-                    first_tile, last_tile, prefix, length, start, row, head,
-                    k_codes, v_words, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks, k_ptr, v_ptr,
-                    k_tiles, v_tiles, full, free, Hkv, D,
+                    first_tile, last_tile, prefix, length, start, row, head, k_codes, scales, hot_k, hot_scales, row_masks, table_ptr,
+                    key_step, key_zero, key_masks, k_ptr, constants, k_tiles, k_full, k_free, 0, Hkv, D,
+                )),
+                (_produce, (
+                    first_tile, last_tile, prefix, length, start, row, head, v_codes, scales, hot_v, hot_scales, row_masks, table_ptr,
+                    key_step, key_zero, key_masks, v_ptr, constants, v_tiles, v_full, v_free, 1, Hkv, D,
                 )),
             ],
-            [4, 4], [192, 120],
+            [4, 4, 4], [184, 72, 72],
         )  # fmt: skip

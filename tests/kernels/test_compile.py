@@ -4,8 +4,9 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from oscar_radix.kernels import decode, decode_hot, decode_records, extend, seal, write
+from oscar_radix.kernels import decode, decode_hot, decode_records, extend, extend_hopper, seal, write
 
 POINTERS = {
     **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
@@ -21,6 +22,11 @@ POINTERS = {
 }
 HOT_INPUTS = {"k_ptr": "*i8", "v_ptr": "*i8", "s_ptr": "*fp16"}
 WRITE_INPUTS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16"}
+PREFILL_INPUTS = {**WRITE_INPUTS, "query_out": "*fp16", "k_half": "*fp16", "v_half": "*fp16", "zeros": "*fp32", "query_scale": "fp32"}
+EXTEND_INPUTS = {
+    **dict.fromkeys(("query_ptr", "k_ptr", "v_ptr"), "*fp16"),
+    **dict.fromkeys(("k_codes", "v_codes", "hot_k", "hot_v"), "*i32"),
+}
 GQA = {"Hkv": 8, "G": 4, "D": 128}
 SMALL = {"Hkv": 3, "G": 3, "D": 64}
 
@@ -31,9 +37,16 @@ CASES = {
     "general": (decode._stage1, {"M": 16, **SMALL}, {"num_warps": 2}, {}),
     "combine": (decode._combine, {"G": 4, "Hq": 32, "D": 128, "S": 512, "CHUNK": 32}, {"num_warps": 4}, {"out_ptr": "*bf16"}),
     "list": (decode._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
-    "extend": (extend._extend_prefix, {"M": 128, "GROUP": 4, **GQA}, {"num_warps": 8, "num_stages": 1}, {}),
-    "write, decode": (write._decode_rows, GQA, {"num_warps": 4}, WRITE_INPUTS),
-    "write, prefill": (write._quantise_rows, {"Hkv": 8, "D": 128}, {"num_warps": 1}, {}),
+    "extend": (extend._extend, {"M": 128, "GROUP": 4, "PARTIAL": False, **GQA}, {"num_warps": 8, "num_stages": 1}, EXTEND_INPUTS),
+    "extend, parts": (extend._extend, {"M": 128, "GROUP": 4, "PARTIAL": True, **SMALL}, {"num_warps": 8, "num_stages": 1}, EXTEND_INPUTS),
+    "merge parts": (extend._merge_parts, {"Hq": 32, "G": 4, "D": 128, "S": 4}, {"num_warps": 1}, {"out_ptr": "*bf16"}),
+    "extend, hopper": (extend_hopper.extend_hopper, {"GROUP": 4, "PARTIAL": False, **GQA}, {"num_warps": 4}, EXTEND_INPUTS),
+    "extend, hopper, parts": (extend_hopper.extend_hopper, {"GROUP": 4, "PARTIAL": True, **SMALL}, {"num_warps": 4}, EXTEND_INPUTS),
+    "write, decode": (write._decode_rows, {"ROTATE": True, **GQA}, {"num_warps": 4}, WRITE_INPUTS),
+    "write, decode, folded": (write._decode_rows, {"ROTATE": False, **GQA}, {"num_warps": 4}, WRITE_INPUTS),
+    "write, prefill": (write._prefill_rows, {"ROTATE": True, "M": 64, **GQA}, {"num_warps": 4}, PREFILL_INPUTS),
+    "write, prefill, folded": (write._prefill_rows, {"ROTATE": False, "M": 64, **SMALL}, {"num_warps": 4}, PREFILL_INPUTS),
+    "leave basis": (write._leave_basis, {"Hq": 32, "G": 4, "D": 128, "M": 64}, {"num_warps": 4}, {"o_ptr": "*fp16", "out_ptr": "*bf16"}),
     "seal": (seal._seal, {"HOT": True, "DECODE": True, "Hkv": 8, "D": 128}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
     "seal, chunk": (seal._seal, {"HOT": False, "DECODE": False, "Hkv": 3, "D": 64}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
 }
@@ -43,11 +56,14 @@ CASES = {
 @pytest.mark.parametrize("capability", [90, 80])
 def test_compiles(name, capability):
     kernel, constants, options, types = CASES[name]
+    if kernel.is_gluon() != (capability == 90) and name.startswith("extend"):
+        pytest.skip("Hopper has its own extend kernel")
     scalars = {"softmax_scale": "fp32", "out_ptr": "*fp32"}
     signature = {
         argument: "constexpr" if argument in constants else {**scalars, **POINTERS, **types}.get(argument, "i32")
         for argument in kernel.arg_names
     }
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    compiled = triton.compile(source(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
