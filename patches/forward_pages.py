@@ -1,14 +1,14 @@
 """Which pages the requests of a forward have: known on the host from what the allocator and the tree handed out."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.patches.flags import config_of
-from oscar_radix.patches.host_pages import note_requests, noted_new_pages, noted_pages, noted_requests, read_pages
+from oscar_radix.patches.host_pages import noted_new_pages, noted_pages, read_pages
 from oscar_radix.pool.request_pages import DecodeStep, RequestPages
 from oscar_radix.pool.upload import upload
 from oscar_radix.sequence import Sequence
@@ -17,27 +17,36 @@ NO_PAGES = np.zeros(0, dtype=np.int64)
 
 
 def init_new(original: Callable[..., Any], cls: type, batch: Any, model_runner: Any, **kwargs: Any) -> Any:
-    """AROUND ForwardBatch.init_new: note on the forward's slots what only the scheduler's batch knows on the host."""
+    """AROUND ForwardBatch.init_new: tell our backend what only the scheduler's batch knows on the host."""
     forward = original(cls, batch, model_runner, **kwargs)
-    if config_of(model_runner.server_args) is not None:
-        note_batch(forward, batch)
+    pages = getattr(getattr(model_runner, "attn_backend", None), "pages", None)
+    if isinstance(pages, ForwardPages):
+        pages.announce(forward, batch)
     return forward
 
 
-def note_batch(forward: Any, batch: Any) -> None:
-    """Note the rows of a ScheduleBatch on the slots of its ForwardBatch, and for a prefill the pages of the matched prefixes."""
-    rows, slots = batch.req_pool_indices_cpu, forward.out_cache_loc
-    if rows is None or slots is None or len(rows) != forward.batch_size:
-        return
-    prefixes = [noted_pages(req.prefix_indices) for req in batch.reqs] if forward.forward_mode.is_extend() else []
-    note_requests(slots, rows.numpy(), prefixes)
+@dataclass(frozen=True)
+class _Announced:
+    """A forward that is about to run.
+
+    slots, rids: its own objects; SGLang's eager runner keeps the list of ids and its graph runner the slots when they make views of it.
+    rows: int64 [B], on the host. new_pages: those taken for it, in batch order, if known.
+    prefixes: of a prefill, the pages of each matched prefix where known.
+    """
+
+    slots: torch.Tensor
+    rids: list[str]
+    rows: np.ndarray
+    new_pages: np.ndarray | None
+    prefixes: list[np.ndarray | None]
 
 
 class ForwardPages:
     """Keeps `requests` up to date, forward by forward.
 
     A prefill begins a request's list (matched pages and new ones), a decode step adds the page that was taken for its token. Where a
-    note is missing or a list is not as long as it should be, the row is read from the device, which is slower and is counted.
+    forward was not announced, a note is missing or a list is not as long as it should be, the row is read from the device, which is
+    slower and is counted.
 
     Args:
         rows: SGLang's ReqToTokenPool.
@@ -48,24 +57,41 @@ class ForwardPages:
         self.req_to_token: torch.Tensor = rows.req_to_token
         self.generation: np.ndarray = rows.req_generation.numpy()
         self.requests = requests
+        self._announced: _Announced | None = None
+
+    def announce(self, forward: Any, batch: Any) -> None:
+        """A ForwardBatch that SGLang has just made of a ScheduleBatch."""
+        rows, slots = batch.req_pool_indices_cpu, forward.out_cache_loc
+        if rows is None or slots is None or len(rows) != forward.batch_size:
+            self._announced = None
+            return
+        prefixes = [noted_pages(req.prefix_indices) for req in batch.reqs] if forward.forward_mode.is_extend() else []
+        self._announced = _Announced(slots, forward.rids, rows.numpy(), noted_new_pages(slots), prefixes)
+
+    def _lookup(self, forward: Any) -> _Announced | None:
+        known = self._announced
+        if known is not None and (forward.out_cache_loc is known.slots or getattr(forward, "rids", None) is known.rids):
+            return known
+        return None
 
     def decode(self, forward: Any) -> DecodeStep:
         """The requests of a decode forward; padding rows of CUDA graphs (one token) are left out."""
         lengths = forward.seq_lens_cpu.numpy().astype(np.int64)
-        noted = noted_requests(forward.out_cache_loc)
-        if noted is None:
+        announced = self._lookup(forward)
+        if announced is None:
             real = lengths > 1
             rows, lengths = forward.req_pool_indices.cpu().numpy().astype(np.int64)[real], lengths[real]
         else:
-            rows = noted[0]
+            rows = announced.rows
             lengths = lengths[: len(rows)]
         known = self.requests.known(rows, self.generation[rows], lengths - 1)
         begins = lengths % PAGE_TOKENS == 1
-        new = noted_new_pages(forward.out_cache_loc)
-        if noted is None or new is None or len(new) != np.count_nonzero(begins):
+        if announced is None:
+            known[:] = False
+        elif announced.new_pages is None or len(announced.new_pages) != np.count_nonzero(begins):
             known &= ~begins
         else:
-            self.requests.append(rows[begins & known], new[known[begins]])
+            self.requests.append(rows[begins & known], announced.new_pages[known[begins]])
         if not known.all():
             self.requests.decode_rows_read_back += self._read_back(rows[~known], lengths[~known])
         return DecodeStep(self.requests, rows, lengths)
@@ -74,9 +100,10 @@ class ForwardPages:
         """The requests of a prefill forward."""
         lengths = forward.seq_lens_cpu.numpy().astype(np.int64)
         prefixes = np.array(forward.extend_prefix_lens_cpu, dtype=np.int64)
-        rows, matches = noted_requests(forward.out_cache_loc) or (forward.req_pool_indices.cpu().numpy().astype(np.int64), [])
+        announced = self._lookup(forward)
+        rows = forward.req_pool_indices.cpu().numpy().astype(np.int64) if announced is None else announced.rows
+        new, matches = (None, []) if announced is None else (announced.new_pages, announced.prefixes)
         ends = np.cumsum(-(-lengths // PAGE_TOKENS) + prefixes // -PAGE_TOKENS).tolist()
-        new = noted_new_pages(forward.out_cache_loc)
         unknown = np.ones(len(rows), dtype=bool)
         if new is not None and len(new) == ends[-1] and len(matches) == len(rows):
             known = self.requests.known(rows, self.generation[rows], prefixes)

@@ -12,8 +12,6 @@ from oscar_radix.geometry import PAGE_TOKENS
 
 _PAGES = "oscar_pages"
 _NEW_PAGES = "oscar_new_pages"
-_ROWS = "oscar_rows"
-_PREFIXES = "oscar_prefixes"
 
 
 def note_pages(slots: torch.Tensor, pages: np.ndarray) -> None:
@@ -49,15 +47,3 @@ def pages_of(slots: torch.Tensor) -> np.ndarray:
 def read_pages(slots: torch.Tensor) -> np.ndarray:
     """Pages of slots, read from the device: int64, of the shape of `slots`."""
     return (slots // PAGE_TOKENS).cpu().numpy().astype(np.int64)
-
-
-def note_requests(slots: torch.Tensor, rows: np.ndarray, prefixes: list[np.ndarray | None]) -> None:
-    """Note on a forward's slots the rows of its requests (int64 [B]) and the pages of their matched prefixes, where known."""
-    setattr(slots, _ROWS, rows)
-    setattr(slots, _PREFIXES, prefixes)
-
-
-def noted_requests(slots: torch.Tensor) -> tuple[np.ndarray, list[np.ndarray | None]] | None:
-    """What `note_requests` noted; None when there is no note."""
-    rows = getattr(slots, _ROWS, None)
-    return None if rows is None else (rows, getattr(slots, _PREFIXES))

@@ -21,7 +21,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from oscar_radix.attention.plan import ForwardPlan, plan_decode, plan_forward
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.patches.allocator import OscarPageAllocator
-from oscar_radix.patches.forward_pages import ForwardPages, note_batch
+from oscar_radix.patches.forward_pages import ForwardPages
 from oscar_radix.patches.radix import OscarRadixCache
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS
 from oscar_radix.pool.store import KVStore
@@ -70,10 +70,22 @@ class Request:
 
 
 class MiniServer:
-    """Runs requests over a store. `radix=False` serves without a prefix cache, as --disable-radix-cache does."""
+    """Runs requests over a store. `radix=False` serves without a prefix cache, as --disable-radix-cache does.
 
-    def __init__(self, store: KVStore, radix: bool = True, requests: int = 8, context: int = 1024, eviction_policy: str = "lru"):
+    `graphs`: decode forwards reach the backend as SGLang's graph runner hands them on, else as its eager runner does.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        radix: bool = True,
+        requests: int = 8,
+        context: int = 1024,
+        eviction_policy: str = "lru",
+        graphs: bool = True,
+    ):
         self.store = store
+        self.graphs = graphs
         self.device = str(store.device)
         self.rows = ReqToTokenPool(requests, context, self.device, enable_memory_saver=False)
         self.allocator = OscarPageAllocator(store, store.pages * PAGE_TOKENS, torch.bfloat16, self.device, kvcache=None)
@@ -183,18 +195,23 @@ class MiniServer:
         for request, grow in zip(requests, grows, strict=True):
             request.kv_committed_len += grow
         rows = torch.tensor([request.req_pool_idx for request in requests])
-        forward = SimpleNamespace(
-            forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
-            batch_size=len(requests),
-            req_pool_indices=self._send(rows),
-            seq_lens_cpu=torch.tensor([request.kv_committed_len for request in requests]),
-            extend_prefix_lens_cpu=None if decode else prefixes,
-            out_cache_loc=slots,
-        )
-        note_batch(forward, SimpleNamespace(req_pool_indices_cpu=rows, reqs=requests))
+        mode = ForwardMode.DECODE if decode else ForwardMode.EXTEND
+        fields = {
+            "forward_mode": mode,
+            "batch_size": len(requests),
+            "req_pool_indices": self._send(rows),
+            "seq_lens_cpu": torch.tensor([request.kv_committed_len for request in requests]),
+            "extend_prefix_lens_cpu": None if decode else prefixes,
+        }
+        forward = SimpleNamespace(**fields, out_cache_loc=slots, rids=[str(id(request)) for request in requests])
+        self.pages.announce(forward, SimpleNamespace(req_pool_indices_cpu=rows, reqs=requests))
+        if decode and self.graphs:
+            view = SimpleNamespace(**fields, out_cache_loc=slots)
+        else:
+            view = SimpleNamespace(**fields, out_cache_loc=slots.clone(), rids=forward.rids)
         if decode:
-            return plan_decode(self.store, self.pages.decode(forward))
-        return plan_forward(self.store, self.pages.extend(forward))
+            return plan_decode(self.store, self.pages.decode(view))
+        return plan_forward(self.store, self.pages.extend(view))
 
     def _send(self, values: torch.Tensor) -> torch.Tensor:
         return upload(values.numpy(), self.store.device)

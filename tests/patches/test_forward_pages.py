@@ -5,14 +5,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from oscar_radix.patches.host_pages import noted_requests
+from oscar_radix.patches import forward_pages
+from oscar_radix.patches.forward_pages import ForwardPages, init_new
+from oscar_radix.patches.host_pages import note_pages
 from tests.helpers import make_store
 from tests.mini_server import TINY, MiniServer, Request, tokens_of
 
 
-def make_server(radix: bool = True) -> MiniServer:
-    return MiniServer(make_store(pages=60, hot_pages=30, recent_tokens=64, geometry=TINY), radix=radix)
+def make_server(radix: bool = True, graphs: bool = True) -> MiniServer:
+    return MiniServer(make_store(pages=60, hot_pages=30, recent_tokens=64, geometry=TINY), radix=radix, graphs=graphs)
 
 
 def prefilled(server: MiniServer, prompt: list[int]) -> Request:
@@ -42,8 +45,9 @@ def intercept(monkeypatch):
 
 
 @pytest.mark.parametrize("radix", [True, False])
-def test_ordinary_traffic_reads_nothing(radix):
-    server = make_server(radix)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_ordinary_traffic_reads_nothing(radix, graphs):
+    server = make_server(radix, graphs)
     requests = [prefilled(server, tokens_of([1, 2, 3], tail=tail)) for tail in (3, 31, 7)]
     for step in range(70):
         server.decode(requests, [500 + step] * 3)
@@ -89,8 +93,8 @@ def test_duplicates_are_found_while_the_next_step_is_on_its_way():
 
 
 @pytest.mark.parametrize("tail", [5, 31])
-def test_a_lost_note_costs_a_read(tail, intercept):
-    """`tail` 31: the step begins a page."""
+def test_a_forward_that_nobody_announced_costs_a_read(tail, intercept):
+    """Of all its rows; `tail` 31: the step begins a page."""
 
     def lose(forward):
         forward.out_cache_loc = forward.out_cache_loc.clone()
@@ -101,8 +105,17 @@ def test_a_lost_note_costs_a_read(tail, intercept):
     server.decode(requests, [7, 7])
     intercept(server, lose)
     server.decode(requests, [7, 7])
-    assert server.store.requests.decode_rows_read_back == (0 if tail == 5 else 1)
-    check(server, decode=server.store.requests.decode_rows_read_back)
+    check(server, decode=2)
+
+
+@pytest.mark.parametrize(("tail", "reads"), [(5, 0), (31, 1)])
+def test_lost_new_pages_cost_a_read_where_they_are_needed(tail, reads, monkeypatch):
+    server = make_server()
+    requests = [prefilled(server, tokens_of([1, 2], tail=tail)), prefilled(server, tokens_of([3], tail=6))]
+    server.decode(requests, [7, 7])
+    monkeypatch.setattr(forward_pages, "noted_new_pages", lambda slots: None)
+    server.decode(requests, [7, 7])
+    check(server, decode=reads)
 
 
 def test_a_step_that_never_ran_costs_a_read():
@@ -171,24 +184,32 @@ def test_a_matched_prefix_without_a_note_costs_a_read():
     check(server, decode=0, prefill=1)
 
 
-@pytest.mark.usefixtures("plugin")
-def test_sglang_builds_forward_batches_through_the_hook(monkeypatch):
-    """The hook notes rows and prefixes on the slots of SGLang's own ForwardBatch; without our flag it notes nothing."""
-    from oscar_radix.patches import forward_pages
-
+def test_the_hook_announces_forwards_to_our_backend_alone():
+    """As SGLang calls it; to another backend it does nothing."""
+    server = make_server()
     slots, prefix = torch.zeros(2, dtype=torch.int64), torch.zeros(32, dtype=torch.int64)
-    prefix.oscar_pages = np.array([4])
-    forward = SimpleNamespace(out_cache_loc=slots, batch_size=2, forward_mode=SimpleNamespace(is_extend=lambda: True))
+    note_pages(prefix, np.array([4]))
+    forward = SimpleNamespace(out_cache_loc=slots, batch_size=2, forward_mode=ForwardMode.EXTEND, rids=["a", "b"])
     batch = SimpleNamespace(
         req_pool_indices_cpu=torch.tensor([5, 3]),
         reqs=[SimpleNamespace(prefix_indices=prefix), SimpleNamespace(prefix_indices=torch.zeros(0))],
     )
-    runner = SimpleNamespace(server_args=None)
-    for config, noted in ((None, False), (object(), True)):
-        monkeypatch.setattr(forward_pages, "config_of", lambda _, config=config: config)
-        assert forward_pages.init_new(lambda *args, **kwargs: forward, object, batch, runner, capture_hidden_mode=None) is forward
-        assert (noted_requests(slots) is not None) == noted
-    rows, prefixes = noted_requests(slots)
-    assert rows.tolist() == [5, 3]
-    assert prefixes[0].tolist() == [4]
-    assert prefixes[1] is None
+    for backend in (SimpleNamespace(), SimpleNamespace(pages="something else"), SimpleNamespace(pages=server.pages)):
+        assert server.pages._lookup(forward) is None
+        assert init_new(lambda *_, **__: forward, object, batch, SimpleNamespace(attn_backend=backend)) is forward
+    announced = server.pages._lookup(forward)
+    assert announced.rows.tolist() == [5, 3]
+    assert announced.prefixes[0].tolist() == [4]
+    assert announced.prefixes[1] is None
+    assert server.pages._lookup(SimpleNamespace(out_cache_loc=slots.clone(), rids=["a", "b"])) is None, "equal, but another forward"
+
+
+@pytest.mark.parametrize("missing", ["rows", "slots", "one row"])
+def test_a_batch_without_rows_on_the_host_is_not_announced(missing):
+    pages: ForwardPages = make_server().pages
+    forward = SimpleNamespace(
+        out_cache_loc=None if missing == "slots" else torch.zeros(2), batch_size=2, forward_mode=ForwardMode.DECODE, rids=["a", "b"]
+    )
+    rows = {"rows": None, "slots": torch.tensor([1, 2]), "one row": torch.tensor([1])}[missing]
+    pages.announce(forward, SimpleNamespace(req_pool_indices_cpu=rows, reqs=[]))
+    assert pages._lookup(forward) is None
