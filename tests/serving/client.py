@@ -120,8 +120,8 @@ def settled(server: SglangServer, timeout_s: float = 60.0) -> dict:
     """Wait until nothing runs or waits, then longer than SGLang's idle memory check takes; returns the `kv_quant` report.
 
     Raises:
-        AssertionError: requests still run after `timeout_s`, the server died of a failed check, tokens are still in use, or our
-            own integrity check fails.
+        AssertionError: requests still run after `timeout_s`, the server died of a failed check, tokens are still in use, our own
+            integrity check fails, or pages had to be read from the device.
     """
     deadline = time.monotonic() + timeout_s
     while (now := load(server))["num_running_reqs"] + now["num_waiting_reqs"]:
@@ -132,6 +132,7 @@ def settled(server: SglangServer, timeout_s: float = 60.0) -> dict:
     assert load(server)["num_used_tokens"] == 0
     report = server.kv_quant()
     assert report["integrity"] == "ok"
+    assert report["rows_read_from_device"] == {"decode": 0, "prefill": 0}
     return report
 
 
