@@ -1,4 +1,4 @@
-"""A real SGLang server on the CPU, as a context manager. Used by the demo and by the tests."""
+"""A real SGLang server as a context manager, on the CPU unless told otherwise. Used by the demo, the tests and the GPU benchmarks."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import psutil
@@ -54,13 +54,15 @@ class SglangServer:
 
     Args:
         model: Hugging Face folder.
-        extra_args: flags after CPU_ARGS; a repeated flag wins over CPU_ARGS.
+        extra_args: flags after `base_args`; a repeated flag wins over them.
         port: TCP port; a free one when None.
         log_path: file that takes the server's output.
         name: how progress lines call this server.
-        threads: OpenMP threads of the server.
+        threads: OpenMP threads of the server; None leaves them to the environment.
         start_timeout_s: give up when /health does not answer by then.
         progress: called with one line now and then while the server starts; None for silence.
+        base_args: flags before `extra_args`; none for a server on a GPU.
+        environment: variables set on top of the caller's environment.
     """
 
     def __init__(
@@ -71,12 +73,15 @@ class SglangServer:
         port: int | None = None,
         log_path: Path | str = "build/server.log",
         name: str = "server",
-        threads: int = 2,
+        threads: int | None = 2,
         start_timeout_s: float = 300.0,
         progress: Callable[[str], None] | None = print,
+        base_args: Iterable[str] = CPU_ARGS,
+        environment: Mapping[str, str] = CPU_ENVIRONMENT,
     ) -> None:
         self.model = str(model)
-        self.extra_args = [str(argument) for argument in extra_args]
+        self.arguments = [str(argument) for argument in (*base_args, *extra_args)]
+        self.environment = dict(environment)
         self.asked_port = port
         self.log_path = Path(log_path)
         self.name = name
@@ -90,8 +95,10 @@ class SglangServer:
         self.port = self._claim_port()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         arguments = ["-m", "sglang.launch_server", "--model-path", self.model, "--host", "127.0.0.1"]
-        arguments += ["--port", str(self.port), *CPU_ARGS, *self.extra_args]
-        environment = {**os.environ, **CPU_ENVIRONMENT, "OMP_NUM_THREADS": str(self.threads)}
+        arguments += ["--port", str(self.port), *self.arguments]
+        environment = {**os.environ, **self.environment}
+        if self.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
         with self.log_path.open("wb") as log:
             log.write((" ".join([sys.executable, *arguments]) + "\n").encode())
             log.flush()
