@@ -1,5 +1,7 @@
-"""Decode attention over a mixed-precision cache: split-KV stage 1 over records and over hot rows, then a combine by log-sum-exp.
+"""Decode attention over a mixed-precision cache: one stage 1 over records and hot rows, split over the keys, then a combine.
 
+Stage 1 is one launch of one-warp programs that fill the GPU exactly once. Of the programs of a sequence and head some read its
+records, the others its hot rows, in proportion to the bytes; the host need not know how many rows are hot, so a CUDA graph replays.
 Specification: `attend` over the rows that `open` and `dequantise_rows` give (oscar_radix.attention.backend).
 """
 
@@ -7,80 +9,112 @@ import torch
 import triton
 import triton.language as tl
 
-from oscar_radix.kernels.decode_hot import hot_stage1
-from oscar_radix.kernels.decode_records import records_stage1
-from oscar_radix.kernels.pages import PAGE, attend_page, load_queries, store_planes
+from oscar_radix.kernels.capability import compute_capability
+from oscar_radix.kernels.decode_hot import hot_tiles, read_hot
+from oscar_radix.kernels.decode_records import read_records
+from oscar_radix.kernels.pages import PAGE
 
 HOT_LEVELS = tl.constexpr((32, 8, 4, 2))
 """Levels in the order of the list of hot pages."""
 
+HOT_TILE_COST = tl.constexpr(4)
+"""A tile of 32 int8 rows reads about four times the bytes of a page's record."""
 
-@triton.jit(do_not_specialize=["row_stride", "splits"])
+PROGRAM_TILES = tl.constexpr(3)
+"""Pages that a program reads at least, before another one helps."""
+
+PASS_HEADS = 8
+"""Query heads of a program."""
+
+MULTIPROCESSOR_PROGRAMS = 16
+"""One-warp programs of 128 registers that a multiprocessor holds."""
+
+LARGEST_SPLIT = 256
+
+
+@triton.jit
+def _share(pages, records, tiles, splits):
+    """Programs that read records, and programs in all, of a sequence with `records` pages below level 32 and `tiles` of hot rows."""
+    cost = records + HOT_TILE_COST * tiles
+    used = tl.minimum(splits, tl.maximum((cost + PROGRAM_TILES - 1) // PROGRAM_TILES, 1))
+    both = (records > 0) & (tiles > 0)
+    used = tl.where(both, tl.maximum(used, 2), used)
+    hot = (2 * used * HOT_TILE_COST * tiles + cost) // (2 * tl.maximum(cost, 1))
+    hot = tl.where(both, tl.minimum(tl.maximum(hot, 1), used - 1), tl.where(tiles > 0, used, 0))
+    return used - hot, used
+
+
+@triton.jit(do_not_specialize=["row_stride", "list_stride", "splits"])
 def _stage1(
-    query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, levels_ptr, key_step, key_zero, key_masks,
-    req_to_token, req_rows, seq_lens, out_ptr, lse_ptr, row_stride, softmax_scale, splits,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
+    query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
+    req_to_token, req_rows, seq_lens, list_ptr, count_ptr, out_ptr, lse_ptr, row_stride, list_stride, softmax_scale, splits,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PASSES: tl.constexpr, DEPENDENTS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0)
+    head = tl.program_id(0) // PASSES
+    member = tl.program_id(0) % PASSES * 8
     split = tl.program_id(1)
     request = tl.program_id(2)
+    members = tl.minimum(G - member, 8)
     tokens = tl.load(seq_lens + request).to(tl.int32)
     pages = (tokens + PAGE - 1) // PAGE
-    first = split * pages // splits
-    last = (split + 1) * pages // splits
-    member = tl.arange(0, M)
-    row_ok = member < G
-    rows = (request * Hkv + head) * G + member
-    b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset = load_queries(
-        query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scale, D
-    )
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    shift = tl.zeros([M], tl.float32)
-    a0 = tl.zeros([M, D // 4], tl.float32)
-    a1 = tl.zeros([M, D // 4], tl.float32)
-    a2 = tl.zeros([M, D // 4], tl.float32)
-    a3 = tl.zeros([M, D // 4], tl.float32)
-    token = tl.arange(0, PAGE)
-    row = tl.load(req_rows + request).to(tl.int64) * row_stride
-    for index in range(first, last):
-        page = (tl.load(req_to_token + row + index * PAGE) // PAGE).to(tl.int64)
-        level = tl.load(levels_ptr + page).to(tl.int32)
-        valid = index * PAGE + token < tokens
-        top, total, shift, a0, a1, a2, a3 = attend_page(
-            page, level, valid, head, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_masks,
-            b0, b1, b2, b3, h0, h1, h2, h3, unit_b, unit_h, offset, top, total, shift, a0, a1, a2, a3, Hkv, D,
+    counts, ends = hot_tiles(count_ptr + request * 4)
+    tiles = ends[3]
+    readers, used = _share(pages, pages - counts[0], tiles, splits)
+    pages_ptr = req_to_token + tl.load(req_rows + request).to(tl.int64) * row_stride
+    row = (request * Hkv + head) * G + member
+    query = query_ptr + row * D
+    out = out_ptr + (row * splits + split) * D
+    lse = lse_ptr + row * splits + split
+    if split < readers:
+        read_records(
+            query, k_codes, v_codes, scales, row_masks, key_step, key_zero, key_masks, pages_ptr, tokens,
+            split * pages // readers, (split + 1) * pages // readers, head, out, lse, splits, members, softmax_scale, Hkv, D,
         )  # fmt: skip
-
-    target = out_ptr + ((rows * splits + split) * D)[:, None]
-    store_planes(target, row_ok, a0, a1, a2, a3, total, shift, D)
-    tl.store(lse_ptr + rows * splits + split, top + tl.log2(total), mask=row_ok)
+    elif split < used:
+        part = split - readers
+        parts = used - readers
+        read_hot(
+            query, hot_k, hot_v, hot_scales, table_ptr, pages_ptr, list_ptr + request * list_stride, counts, ends, tokens,
+            part * tiles // parts, (part + 1) * tiles // parts, head, out, lse, splits, members, softmax_scale, Hkv, D,
+        )  # fmt: skip
+    else:
+        g = tl.arange(0, 32)
+        tl.store(lse + g * splits, tl.full([32], float("-inf"), tl.float32), mask=g < members)
+    if DEPENDENTS:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _combine(
-    partial_ptr, lse_ptr, rotation_ptr, mean_ptr, out_ptr, splits,
-    G: tl.constexpr, Hq: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr,
+    partial_ptr, lse_ptr, rotation_ptr, mean_ptr, out_ptr, final_lse_ptr, splits,
+    G: tl.constexpr, Hq: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
+    ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one query head and leave the value basis: out = o R^T + mu."""
+    """Merge the splits of C channels of one query head, and leave the value basis: out = o R^T + mu; ROTATE needs all channels."""
     row = tl.program_id(0)
     head = (row % Hq) // G
-    channel = tl.arange(0, D)
+    channel = tl.program_id(1) * C + tl.arange(0, C)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     every = tl.arange(0, S)
     lse = tl.load(lse_ptr + row * splits + every, mask=every < splits, other=float("-inf"))
     top = tl.max(lse, 0)
     total = tl.sum(tl.exp2(lse - top), 0)
-    merged = tl.zeros([D], tl.float32)
+    if KEEP_LSE:
+        tl.store(final_lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453)
+    merged = tl.zeros([C], tl.float32)
     for start in range(0, splits, CHUNK):
         split = start + tl.arange(0, CHUNK)
         weight = tl.exp2(tl.load(lse_ptr + row * splits + split, mask=split < splits, other=float("-inf")) - top)
         # An empty split wrote no output: its weight is 0 and it is not read.
         parts = tl.load(partial_ptr + (row * splits + split)[:, None] * D + channel[None, :], mask=(weight > 0)[:, None], other=0.0)
         merged += tl.sum(parts * weight[:, None], 0)
-    merged = merged / total
-    # rotation[e, c]: o R^T needs sum_c o_c R[e, c] for every model channel e.
-    rotation = tl.load(rotation_ptr + head * D * D + channel[:, None] * D + channel[None, :])
-    out = tl.sum(rotation * merged[None, :], 1) + tl.load(mean_ptr + head * D + channel)
+    out = merged / total
+    if ROTATE:
+        # rotation[e, c]: o R^T needs sum_c o_c R[e, c] for every model channel e.
+        rotation = tl.load(rotation_ptr + head * D * D + channel[:, None] * D + channel[None, :])
+        out = tl.sum(rotation * out[None, :], 1)
+    out += tl.load(mean_ptr + head * D + channel)
     tl.store(out_ptr + row * D + channel, out.to(out_ptr.dtype.element_ty))
 
 
@@ -120,64 +154,63 @@ def list_hot_pages(
     )
 
 
-def has_fast_kernels(head_dim: int, group: int) -> bool:
-    """Whether `records_stage1` and `hot_stage1` can read the cache; else the general stage 1 reads records and hot rows together."""
-    return head_dim == 128 and group <= 8
+def decode_splits(batch: int, kv_heads: int, group: int, multiprocessors: int) -> int:
+    """Programs of each sequence and head, so that all of them fill the GPU once; at least one for records and one for hot rows."""
+    programs = MULTIPROCESSOR_PROGRAMS * multiprocessors
+    return max(2, min(LARGEST_SPLIT, programs // (batch * kv_heads * triton.cdiv(group, PASS_HEADS))))
 
 
 def decode(
     query: torch.Tensor,
     layer_cache: tuple[torch.Tensor, ...],
-    tables: tuple[torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
     key_parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     value_parameters: tuple[torch.Tensor, torch.Tensor],
     sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     hot: tuple[torch.Tensor, torch.Tensor],
     workspace: tuple[torch.Tensor, torch.Tensor],
-    splits: tuple[int, int],
     out: torch.Tensor,
     softmax_scale: float,
+    rotate_values: bool = True,
+    final_lse: torch.Tensor | None = None,
 ) -> None:
     """Attention of one new token a request over its cached tokens, that token included.
 
     Args:
-        query: float32 [B, Hq, D], in the key basis.
+        query: float32 [B, Hq, D], in the key basis; D is 64 or 128.
         layer_cache: k_codes, v_codes uint8 [P, Hkv, 32, D/4], scales fp16 [P, Hkv, 32, 2]; hot k, v int8 [N, Hkv, 2, D],
             hot scales fp16 [N, Hkv, 2, 2]; row masks int32 [P, Hkv], bit i: token i is hot. All contiguous, of one layer.
-        tables: block table int32 [P, 16], levels uint8 [P].
+        block_table: int32 [P, 16].
         key_parameters: key_step, key_zero float32 [Hkv, D]; key_masks uint8 [Hkv, 4, D/4].
         value_parameters: value_rotation float32 [Hkv, D, D], value_mean float32 [Hkv, D].
         sequences: req_to_token int32 [R, C], rows of it int [B], tokens int [B].
         hot: of `list_hot_pages`.
-        workspace: partial outputs float32 [B, Hq, S, D], their log-sum-exp float32 [B, Hq, S]; S is the sum of `splits`.
-        splits: splits of the records and of the hot pages; (S, 0) where `has_fast_kernels` is False.
+        workspace: partial outputs float32 [B, Hq, S, D], their log-sum-exp float32 [B, Hq, S]; S is `decode_splits`.
         out: [B, Hq, D], any float dtype; written.
         softmax_scale: multiplies the scores.
+        rotate_values: False where the output projection takes rotated values (`Codec.values_folded`): the mean alone is added.
+        final_lse: float32 [B, Hq], natural logarithm, of scores in the key basis; written where it is given.
     """
     batch, query_heads, dim = query.shape
+    if dim not in (64, 128):
+        raise ValueError(f"decode kernels exist for head dims 64 and 128, not {dim}")
     kv_heads = key_parameters[0].shape[0]
     group = query_heads // kv_heads
     req_to_token, rows, lengths = sequences
     partial, lse = workspace
-    record_splits, hot_splits = splits
-    total = record_splits + hot_splits
-    k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks = layer_cache
-    if hot_splits:
-        records_stage1[(kv_heads, record_splits, batch)](
-            query, k_codes, v_codes, scales.view(torch.uint8), row_masks, *key_parameters, req_to_token, rows, lengths, partial, lse,
-            req_to_token.stride(0), softmax_scale, record_splits, total, Hkv=kv_heads, G=group, num_warps=1, maxnreg=128,
-        )  # fmt: skip
-        hot_stage1[(kv_heads, hot_splits, batch)](
-            query, hot_k, hot_v, hot_scales, tables[0], req_to_token, rows, lengths, *hot, partial, lse, req_to_token.stride(0),
-            hot[0].stride(0), softmax_scale, hot_splits, record_splits, total, Hkv=kv_heads, G=group, num_warps=1, maxnreg=128,
-        )  # fmt: skip
-    else:
-        _stage1[(kv_heads, record_splits, batch)](
-            query, *layer_cache, *tables, *key_parameters, req_to_token, rows, lengths, partial, lse, req_to_token.stride(0),
-            softmax_scale, record_splits, Hkv=kv_heads, G=group, D=dim, M=max(16, triton.next_power_of_2(group)),
-            num_warps=2 if dim <= 128 else 4,
-        )  # fmt: skip
-    _combine[(batch * query_heads,)](
-        partial, lse, *value_parameters, out, total, G=group, Hq=query_heads, D=dim, S=triton.next_power_of_2(total),
-        CHUNK=min(32, triton.next_power_of_2(total)), num_warps=4,
+    splits = lse.shape[2]
+    k_codes, v_codes, scales, *rest = layer_cache
+    passes = triton.cdiv(group, PASS_HEADS)
+    overlap = compute_capability(query) >= 9
+    _stage1[(kv_heads * passes, splits, batch)](
+        query, k_codes, v_codes, scales.view(torch.uint8), *rest, block_table, *key_parameters, req_to_token, rows, lengths, *hot,
+        partial, lse, req_to_token.stride(0), hot[0].stride(0), softmax_scale, splits, Hkv=kv_heads, G=group, D=dim, PASSES=passes,
+        DEPENDENTS=overlap, num_warps=1, maxnreg=128,
+    )  # fmt: skip
+    # Few rows: several programs each, while nothing needs all channels at once.
+    channels = dim if rotate_values or batch * query_heads >= 200 else 32
+    _combine[(batch * query_heads, dim // channels)](
+        partial, lse, *value_parameters, out, lse if final_lse is None else final_lse, splits, G=group, Hq=query_heads, D=dim,
+        S=triton.next_power_of_2(splits), CHUNK=min(32, triton.next_power_of_2(splits)), C=channels, ROTATE=rotate_values,
+        KEEP_LSE=final_lse is not None, WAIT=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.extend_hopper import extend_hopper
 from oscar_radix.kernels.operands import halves, int8_rows, pair, record_keys, record_values, twice
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, softmax_step
@@ -211,7 +212,7 @@ def extend(
     )  # fmt: skip
     constants = {"Hkv": kv_heads, "G": group, "GROUP": triton.next_power_of_2(group), "D": dim, "PARTIAL": splits > 1}
     grid = (kv_heads, len(blocks[0]), splits)
-    if torch.cuda.get_device_capability(query.device)[0] == 9:
+    if compute_capability(query) == 9:
         extend_hopper[grid](*arguments, **constants, num_warps=4)
     else:
         _extend[grid](*arguments, **constants, M=ROWS, num_warps=8, num_stages=1)

@@ -75,6 +75,12 @@ def high_halves(a, b):
 
 
 @triton.jit
+def select_halves(a, b, selector):
+    """Bytes of a and b by a lane's own selector: 0x5410 as `low_halves`, 0x7632 as `high_halves`."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def load2(pointer):
     """Two 32-bit words of read-only data, 8-byte aligned, that will not be read again."""
     return tl.inline_asm_elementwise(

@@ -1,7 +1,7 @@
 """Turn new K and V rows into int8 rows in the codec's basis and put them into the hot pool.
 
-Specification: `Codec.keys_to_basis`, `values_to_basis`, `quantise_rows` and `HotPool.write`. The basis change accumulates in
-float32 here (three tf32 products in prefill; float64 there), so an int8 code may differ by one where a row lies within 1e-6 of a
+Specification: `Codec.keys_to_basis`, `values_to_basis`, `quantise_rows` and `HotPool.write`. The basis change is three tf32
+products accumulated in float32 here (float64 there), so an int8 code may differ by one where a row lies within 1e-6 of a
 rounding edge; what is made of the int8 rows afterwards (`seal`) is bit-identical.
 """
 
@@ -15,94 +15,38 @@ CHUNK = tl.constexpr(32)
 LARGEST_VALUE = tl.constexpr(32768.0)
 """As `codec.int8_rows.LARGEST_VALUE`."""
 PREFILL_ROWS = 64
-"""Tokens of a program of the prefill kernels."""
+"""Tokens of a program in prefill."""
+DECODE_ROWS = 16
+"""Tokens of a program in decode."""
 
 
 @triton.jit
-def _times_matrix(row_ptr, mean_ptr, matrix_ptr, SUBTRACT: tl.constexpr, D: tl.constexpr):
-    """(x - mean) A of one row, A [D, D] row-major: float32 [D]."""
-    out_channel = tl.arange(0, D)
-    acc = tl.zeros([D], tl.float32)
-    for start in tl.static_range(0, D, 32):
-        channel = start + tl.arange(0, CHUNK)
-        x = tl.load(row_ptr + channel).to(tl.float32)
-        if SUBTRACT:
-            x -= tl.load(mean_ptr + channel)
-        acc += tl.sum(x[:, None] * tl.load(matrix_ptr + channel[:, None] * D + out_channel[None, :]), 0)
-    return acc
-
-
-@triton.jit
-def _quantise(y, AXIS: tl.constexpr):
-    """int8 codes, fp16 scales and whether a row is bad (NaN, Inf, beyond LARGEST_VALUE), of rows along AXIS."""
-    largest = tl.max(tl.where(y == y, tl.abs(y), float("inf")), AXIS)
+def _quantise(y):
+    """int8 codes [M, D], fp16 scales [M] and whether a row is bad (NaN, Inf, beyond LARGEST_VALUE)."""
+    largest = tl.max(tl.where(y == y, tl.abs(y), float("inf")), 1)
     bad = largest > LARGEST_VALUE
     scale = tl.where(bad, 0.0, tl.div_rn(largest, 127.0)).to(tl.float16)
     wide = scale.to(tl.float32)
-    divisor = tl.where(wide > 0, wide, 1.0)
-    usable = wide > 0
-    if AXIS == 1:
-        divisor = divisor[:, None]
-        usable = usable[:, None]
+    divisor = tl.where(wide > 0, wide, 1.0)[:, None] + tl.zeros_like(y)
     # Adding and subtracting 1.5 * 2**23 rounds to the nearest integer, ties to even, as torch.round does.
-    codes = tl.div_rn(y, divisor + tl.zeros_like(y)) + 12582912.0 - 12582912.0
-    codes = tl.where(usable, tl.minimum(tl.maximum(codes, -127.0), 127.0), 0.0)
+    codes = tl.div_rn(y, divisor) + 12582912.0 - 12582912.0
+    codes = tl.where((wide > 0)[:, None], tl.minimum(tl.maximum(codes, -127.0), 127.0), 0.0)
     return codes.to(tl.int8), scale, bad
 
 
 @triton.jit
-def _store_hot(codes, scale, token_slot, head, rows_ptr, scales_ptr, table_ptr, WHICH: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr):
-    """One row to its page's hot block, if the page has one."""
-    page = token_slot // PAGE
-    offset = token_slot % PAGE
-    block = tl.load(table_ptr + page * PAGE_BLOCKS + offset // BLOCK_ROWS)
-    if block >= 0:
-        at = (block.to(tl.int64) * Hkv + head) * BLOCK_ROWS + offset % BLOCK_ROWS
-        tl.store(rows_ptr + at * D + tl.arange(0, D), codes)
-        tl.store(scales_ptr + at * 2 + WHICH, scale)
-
-
-@triton.jit
-def _decode_rows(
-    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, slots_ptr, key_mean, key_basis, query_basis, value_mean, value_rotation,
-    hot_k, hot_v, hot_scales, table_ptr, query_out, bad_ptr,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr,
+def _times_matrix(
+    row_ptr, stride, token, inside, mean_ptr, matrix_ptr, CENTRE: tl.constexpr, MULTIPLY: tl.constexpr, D: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    part = tl.program_id(2)
-    matrix = head * D * D
-    if part < G:
-        query = _times_matrix(q_ptr + token * q_stride + (head * G + part) * D, key_mean, query_basis + matrix, False, D)
-        tl.store(query_out + ((token * Hkv + head) * G + part) * D + tl.arange(0, D), query)
-    else:
-        slot = tl.load(slots_ptr + token).to(tl.int64)
-        if part == G:
-            row = k_ptr + token * k_stride + head * D
-            codes, scale, bad = _quantise(_times_matrix(row, key_mean + head * D, key_basis + matrix, True, D), 0)
-            _store_hot(codes, scale, slot, head, hot_k, hot_scales, table_ptr, 0, Hkv, D)
-        else:
-            row = v_ptr + token * v_stride + head * D
-            if ROTATE:
-                value = _times_matrix(row, value_mean + head * D, value_rotation + matrix, True, D)
-            else:
-                channel = tl.arange(0, D)
-                value = tl.load(row + channel).to(tl.float32) - tl.load(value_mean + head * D + channel)
-            codes, scale, bad = _quantise(value, 0)
-            _store_hot(codes, scale, slot, head, hot_v, hot_scales, table_ptr, 1, Hkv, D)
-        tl.atomic_add(bad_ptr, bad.to(tl.int32), mask=bad)
-
-
-@triton.jit
-def _rows_times_matrix(row_ptr, stride, token, inside, mean_ptr, matrix_ptr, MULTIPLY: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
-    """(x - mean) A of M rows, float32 [M, D]; without MULTIPLY x - mean."""
+    """(x - mean) A of M rows, float32 [M, D]; without CENTRE x A, without MULTIPLY x - mean."""
     if MULTIPLY:
         out_channel = tl.arange(0, D)
         acc = tl.zeros([M, D], tl.float32)
         for start in tl.static_range(0, D, 32):
             channel = start + tl.arange(0, CHUNK)
             x = tl.load(row_ptr + token[:, None] * stride + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-            x -= tl.load(mean_ptr + channel)[None, :]
+            if CENTRE:
+                x -= tl.load(mean_ptr + channel)[None, :]
             acc = tl.dot(x, tl.load(matrix_ptr + channel[:, None] * D + out_channel[None, :]), acc, input_precision="tf32x3")
     else:
         channel = tl.arange(0, D)
@@ -114,16 +58,17 @@ def _rows_times_matrix(row_ptr, stride, token, inside, mean_ptr, matrix_ptr, MUL
 @triton.jit
 def _store_rows(
     y, token, inside, head, slots_ptr, hot_ptr, hot_scales, table_ptr, half_ptr, int8_ptr, scales_ptr, bad_ptr,
-    WHICH: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
+    WHICH: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Rows [M, D] in the basis: fp16 and int8 copies of the chunk, and the hot pool where a row's page has blocks."""
+    """Rows [M, D] in the basis into the hot pool where a row's page has blocks; KEEP: also fp16 and int8 copies of the chunk."""
     channel = tl.arange(0, D)
-    codes, scale, bad = _quantise(y, 1)
-    row = token.to(tl.int64) * Hkv + head
-    at = row[:, None] * D + channel[None, :]
-    tl.store(half_ptr + at, tl.where(bad[:, None], 0.0, y).to(tl.float16), mask=inside[:, None])
-    tl.store(int8_ptr + at, codes, mask=inside[:, None])
-    tl.store(scales_ptr + row * 2 + WHICH, scale, mask=inside)
+    codes, scale, bad = _quantise(y)
+    if KEEP:
+        row = token.to(tl.int64) * Hkv + head
+        at = row[:, None] * D + channel[None, :]
+        tl.store(half_ptr + at, tl.where(bad[:, None], 0.0, y).to(tl.float16), mask=inside[:, None])
+        tl.store(int8_ptr + at, codes, mask=inside[:, None])
+        tl.store(scales_ptr + row * 2 + WHICH, scale, mask=inside)
     slot = tl.load(slots_ptr + token, mask=inside, other=0).to(tl.int64)
     block = tl.load(table_ptr + slot // PAGE * PAGE_BLOCKS + slot % PAGE // BLOCK_ROWS)
     hot = inside & (block >= 0)
@@ -135,10 +80,10 @@ def _store_rows(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _prefill_rows(
-    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, slots_ptr, key_mean, key_basis, query_basis, value_mean, value_rotation, zeros,
+def _write_rows(
+    q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, slots_ptr, key_mean, key_basis, query_basis, value_mean, value_rotation,
     hot_k, hot_v, hot_scales, table_ptr, query_out, k_half, v_half, k8_ptr, v8_ptr, scales_ptr, bad_ptr, tokens, query_scale,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, M: tl.constexpr,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * M + tl.arange(0, M)
     inside = token < tokens
@@ -148,16 +93,17 @@ def _prefill_rows(
     wide = token.to(tl.int64)
     if part < G:
         query_head = head * G + part
-        y = _rows_times_matrix(q_ptr + query_head * D, q_stride, wide, inside, zeros, query_basis + matrix, True, D, M)
+        y = _times_matrix(q_ptr + query_head * D, q_stride, wide, inside, key_mean, query_basis + matrix, False, True, D, M)
         at = ((wide * Hkv * G + query_head) * D)[:, None] + tl.arange(0, D)[None, :]
-        y = tl.minimum(tl.maximum(y * query_scale, -LARGEST_VALUE), LARGEST_VALUE)
-        tl.store(query_out + at, y.to(tl.float16), mask=inside[:, None])
+        # KEEP: fp16, which must not overflow.
+        y = tl.minimum(tl.maximum(y * query_scale, -LARGEST_VALUE), LARGEST_VALUE) if KEEP else y * query_scale
+        tl.store(query_out + at, y.to(query_out.dtype.element_ty), mask=inside[:, None])
     elif part == G:
-        y = _rows_times_matrix(k_ptr + head * D, k_stride, wide, inside, key_mean + head * D, key_basis + matrix, True, D, M)
-        _store_rows(y, token, inside, head, slots_ptr, hot_k, hot_scales, table_ptr, k_half, k8_ptr, scales_ptr, bad_ptr, 0, Hkv, D)
+        y = _times_matrix(k_ptr + head * D, k_stride, wide, inside, key_mean + head * D, key_basis + matrix, True, True, D, M)
+        _store_rows(y, token, inside, head, slots_ptr, hot_k, hot_scales, table_ptr, k_half, k8_ptr, scales_ptr, bad_ptr, 0, Hkv, D, KEEP)
     else:
-        y = _rows_times_matrix(v_ptr + head * D, v_stride, wide, inside, value_mean + head * D, value_rotation + matrix, ROTATE, D, M)
-        _store_rows(y, token, inside, head, slots_ptr, hot_v, hot_scales, table_ptr, v_half, v8_ptr, scales_ptr, bad_ptr, 1, Hkv, D)
+        y = _times_matrix(v_ptr + head * D, v_stride, wide, inside, value_mean + head * D, value_rotation + matrix, True, ROTATE, D, M)
+        _store_rows(y, token, inside, head, slots_ptr, hot_v, hot_scales, table_ptr, v_half, v8_ptr, scales_ptr, bad_ptr, 1, Hkv, D, KEEP)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -203,9 +149,10 @@ def write_decode(
     batch, query_heads, dim = q.shape
     kv_heads = k.shape[1]
     group = query_heads // kv_heads
-    _decode_rows[(batch, kv_heads, group + 2)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query_out, bad_rows,
-        Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, num_warps=4,
+    unused = bad_rows
+    _write_rows[(triton.cdiv(batch, DECODE_ROWS), kv_heads, group + 2)](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query_out, *(unused,) * 5, bad_rows, batch,
+        1.0, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=False, M=DECODE_ROWS, num_warps=4,
     )  # fmt: skip
 
 
@@ -243,10 +190,9 @@ def write_prefill(
         torch.empty(tokens, kv_heads, 2, dtype=torch.float16, device=q.device),
     )
     group = query_heads // kv_heads
-    zeros = torch.zeros(dim, dtype=torch.float32, device=q.device)
-    _prefill_rows[(triton.cdiv(tokens, PREFILL_ROWS), kv_heads, group + 2)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, zeros, *hot, block_table, query, *own, *rows, bad_rows,
-        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, M=PREFILL_ROWS, num_warps=4,
+    _write_rows[(triton.cdiv(tokens, PREFILL_ROWS), kv_heads, group + 2)](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query, *own, *rows, bad_rows,
+        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=True, M=PREFILL_ROWS, num_warps=4,
     )  # fmt: skip
     return query, own, rows
 

@@ -7,27 +7,13 @@ import torch
 from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.kernels.decode import decode, has_fast_kernels, list_hot_pages
+from oscar_radix.kernels.decode import decode, decode_splits, list_hot_pages
 from oscar_radix.kernels.extend import block_tokens, extend, extend_splits
 from oscar_radix.kernels.seal import seal
 from oscar_radix.kernels.write import leave_basis, write_decode, write_prefill
 from oscar_radix.pool.store import KVStore
 
 LOG2_E = 1.4426950408889634
-
-RECORD_PROGRAMS = 16
-"""One-warp programs of 128 registers that a multiprocessor holds: the records' split-KV fills the GPU exactly once."""
-
-GENERAL_PROGRAMS = 4
-"""Programs a multiprocessor of the general stage 1."""
-
-HOT_PROGRAMS = 4
-"""Programs a multiprocessor over hot rows, of which there are few."""
-
-LARGEST_HOT_SPLIT = 16
-
-LARGEST_SPLIT = 256
-"""Upper limit of the splits of one sequence, so that the combine reads them in one tile."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +57,18 @@ class TritonAttention:
         self.store = store
         device = store.device
         geometry = store.geometry
-        self._fast = has_fast_kernels(geometry.head_dim, geometry.group)
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._programs = (RECORD_PROGRAMS if self._fast else GENERAL_PROGRAMS) * self._multiprocessors
         self._no_mean = torch.zeros(geometry.kv_heads, geometry.head_dim, dtype=torch.float32, device=device)
-        rows = max(count * sum(self.splits(count)) for count in range(1, max_requests + 1))
+        rows = max(count * self.splits(count) for count in range(1, max_requests + 1))
         self._partial = torch.empty(rows * geometry.query_heads * geometry.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows * geometry.query_heads, dtype=torch.float32, device=device)
         largest = min(-(-max_tokens // PAGE_TOKENS), store.hot.capacity)
         self._hot_pages = torch.zeros(max_requests, largest, dtype=torch.int32, device=device)
         self._hot_counts = torch.zeros(max_requests, 4, dtype=torch.int32, device=device)
 
-    def splits(self, batch: int) -> tuple[int, int]:
-        """Splits of each sequence's records and of its hot pages; the records' fill the GPU once."""
-        records = max(1, min(LARGEST_SPLIT, self._programs // (batch * self.store.geometry.kv_heads)))
-        hot = max(2, min(LARGEST_HOT_SPLIT, records * HOT_PROGRAMS // RECORD_PROGRAMS)) if self._fast else 0
-        return records, hot
+    def splits(self, batch: int) -> int:
+        """Parts into which the keys of each sequence of a decode step are split."""
+        return decode_splits(batch, self.store.geometry.kv_heads, self.store.geometry.group, self._multiprocessors)
 
     def prepare_decode(self, batch: "DecodeBatch") -> None:
         """Once a step, before the layers: which pages of each request hold hot rows."""
@@ -116,24 +98,23 @@ class TritonAttention:
         )
         seal(batch.slots, hot_rows, self._records(layer), codec.seal_parameters(layer), hot.device_block_table, newest_slots=True)
         splits = self.splits(count)
-        total = sum(splits)
         workspace = (
-            self._partial[: count * query_heads * total * dim].view(count, query_heads, total, dim),
-            self._lse[: count * query_heads * total].view(count, query_heads, total),
+            self._partial[: count * query_heads * splits * dim].view(count, query_heads, splits, dim),
+            self._lse[: count * query_heads * splits].view(count, query_heads, splits),
         )
         out = torch.empty_like(query, dtype=q.dtype)
         decode(
             query,
             self._layer_cache(layer),
-            (hot.device_block_table, hot.device_levels),
+            hot.device_block_table,
             codec.key_parameters(layer),
             codec.value_parameters(layer),
             (batch.req_to_token, batch.rows, batch.lengths),
             (self._hot_pages[:count], self._hot_counts[:count]),
             workspace,
-            splits,
             out,
             softmax_scale,
+            not codec.values_folded,
         )
         return out
 

@@ -6,7 +6,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from oscar_radix.kernels import decode, decode_hot, decode_records, extend, extend_hopper, seal, write
+from oscar_radix.kernels import decode, extend, extend_hopper, seal, write
 
 POINTERS = {
     **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
@@ -16,36 +16,45 @@ POINTERS = {
     **dict.fromkeys(("req_rows", "seq_lens", "prefix_lens", "starts_ptr", "lengths_ptr", "slots_ptr", "pages_ptr"), "*i64"),
     **dict.fromkeys(("row_masks", "table_ptr", "hot_mask_ptr", "req_to_token", "list_ptr", "count_ptr", "bad_ptr"), "*i32"),
     **dict.fromkeys(("block_request", "block_first"), "*i32"),
-    **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "key_step", "key_zero", "partial_ptr", "rotation_ptr", "mean_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("query_ptr", "key_ptr", "value_ptr", "key_step", "key_zero", "partial_ptr", "rotation_ptr", "mean_ptr", "final_lse_ptr"), "*fp32"
+    ),
     **dict.fromkeys(("lse_ptr", "key_mean", "key_basis", "query_basis", "value_mean", "value_rotation", "query_out"), "*fp32"),
     **dict.fromkeys(("inverse_step", "top_ptr"), "*fp32"),
 }
-HOT_INPUTS = {"k_ptr": "*i8", "v_ptr": "*i8", "s_ptr": "*fp16"}
-WRITE_INPUTS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16"}
-PREFILL_INPUTS = {**WRITE_INPUTS, "query_out": "*fp16", "k_half": "*fp16", "v_half": "*fp16", "zeros": "*fp32", "query_scale": "fp32"}
+WRITE_INPUTS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "k_half": "*fp16", "v_half": "*fp16", "query_scale": "fp32"}
+PREFILL_INPUTS = {**WRITE_INPUTS, "query_out": "*fp16"}
 EXTEND_INPUTS = {
     **dict.fromkeys(("query_ptr", "k_ptr", "v_ptr"), "*fp16"),
     **dict.fromkeys(("k_codes", "v_codes", "hot_k", "hot_v"), "*i32"),
 }
+STAGE1_INPUTS = {"scales": "*u8"}
+ONE_WARP = {"num_warps": 1, "maxnreg": 128}
+COMBINE = {"G": 4, "Hq": 32, "D": 128, "S": 512, "CHUNK": 32}
 GQA = {"Hkv": 8, "G": 4, "D": 128}
 SMALL = {"Hkv": 3, "G": 3, "D": 64}
 
 CASES = {
-    "records": (decode_records.records_stage1, {"Hkv": 8, "G": 4}, {"num_warps": 1, "maxnreg": 128}, {}),
-    "records, 8 heads a group": (decode_records.records_stage1, {"Hkv": 4, "G": 8}, {"num_warps": 1, "maxnreg": 128}, {}),
-    "hot rows": (decode_hot.hot_stage1, {"Hkv": 8, "G": 4}, {"num_warps": 1, "maxnreg": 128}, HOT_INPUTS),
-    "general": (decode._stage1, {"M": 16, **SMALL}, {"num_warps": 2}, {}),
-    "combine": (decode._combine, {"G": 4, "Hq": 32, "D": 128, "S": 512, "CHUNK": 32}, {"num_warps": 4}, {"out_ptr": "*bf16"}),
+    "decode": (decode._stage1, {"PASSES": 1, "DEPENDENTS": True, **GQA}, ONE_WARP, STAGE1_INPUTS),
+    "decode, 16 heads a group": (decode._stage1, {"PASSES": 2, "DEPENDENTS": False, **GQA, "G": 16}, ONE_WARP, STAGE1_INPUTS),
+    "decode, D 64": (decode._stage1, {"PASSES": 1, "DEPENDENTS": False, **SMALL}, ONE_WARP, STAGE1_INPUTS),
+    "combine": (
+        decode._combine,
+        {**COMBINE, "C": 128, "ROTATE": True, "KEEP_LSE": False, "WAIT": False},
+        {"num_warps": 4},
+        {"out_ptr": "*bf16"},
+    ),
+    "combine, folded": (decode._combine, {**COMBINE, "C": 32, "ROTATE": False, "KEEP_LSE": True, "WAIT": False}, {"num_warps": 4}, {}),
     "list": (decode._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
     "extend": (extend._extend, {"M": 128, "GROUP": 4, "PARTIAL": False, **GQA}, {"num_warps": 8, "num_stages": 1}, EXTEND_INPUTS),
     "extend, parts": (extend._extend, {"M": 128, "GROUP": 4, "PARTIAL": True, **SMALL}, {"num_warps": 8, "num_stages": 1}, EXTEND_INPUTS),
     "merge parts": (extend._merge_parts, {"Hq": 32, "G": 4, "D": 128, "S": 4}, {"num_warps": 1}, {"out_ptr": "*bf16"}),
     "extend, hopper": (extend_hopper.extend_hopper, {"GROUP": 4, "PARTIAL": False, **GQA}, {"num_warps": 4}, EXTEND_INPUTS),
     "extend, hopper, parts": (extend_hopper.extend_hopper, {"GROUP": 4, "PARTIAL": True, **SMALL}, {"num_warps": 4}, EXTEND_INPUTS),
-    "write, decode": (write._decode_rows, {"ROTATE": True, **GQA}, {"num_warps": 4}, WRITE_INPUTS),
-    "write, decode, folded": (write._decode_rows, {"ROTATE": False, **GQA}, {"num_warps": 4}, WRITE_INPUTS),
-    "write, prefill": (write._prefill_rows, {"ROTATE": True, "M": 64, **GQA}, {"num_warps": 4}, PREFILL_INPUTS),
-    "write, prefill, folded": (write._prefill_rows, {"ROTATE": False, "M": 64, **SMALL}, {"num_warps": 4}, PREFILL_INPUTS),
+    "write, decode": (write._write_rows, {"ROTATE": True, "KEEP": False, "M": 16, **GQA}, {"num_warps": 4}, WRITE_INPUTS),
+    "write, decode, folded": (write._write_rows, {"ROTATE": False, "KEEP": False, "M": 16, **GQA}, {"num_warps": 4}, WRITE_INPUTS),
+    "write, prefill": (write._write_rows, {"ROTATE": True, "KEEP": True, "M": 64, **GQA}, {"num_warps": 4}, PREFILL_INPUTS),
+    "write, prefill, folded": (write._write_rows, {"ROTATE": False, "KEEP": True, "M": 64, **SMALL}, {"num_warps": 4}, PREFILL_INPUTS),
     "leave basis": (write._leave_basis, {"Hq": 32, "G": 4, "D": 128, "M": 64}, {"num_warps": 4}, {"o_ptr": "*fp16", "out_ptr": "*bf16"}),
     "seal": (seal._seal, {"HOT": True, "DECODE": True, "Hkv": 8, "D": 128}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
     "seal, chunk": (seal._seal, {"HOT": False, "DECODE": False, "Hkv": 3, "D": 64}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
@@ -58,6 +67,8 @@ def test_compiles(name, capability):
     kernel, constants, options, types = CASES[name]
     if kernel.is_gluon() != (capability == 90) and name.startswith("extend"):
         pytest.skip("Hopper has its own extend kernel")
+    if capability < 90:
+        constants = {**constants, **{name: False for name in ("DEPENDENTS", "WAIT") if name in constants}}
     scalars = {"softmax_scale": "fp32", "out_ptr": "*fp32"}
     signature = {
         argument: "constexpr" if argument in constants else {**scalars, **POINTERS, **types}.get(argument, "i32")

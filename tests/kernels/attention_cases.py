@@ -1,0 +1,169 @@
+"""Decode and extend kernels against float64 attention, on any device that runs them: a GPU, or Triton's interpreter.
+
+`TRITON_INTERPRET=1 python -m tests.kernels.attention_cases` runs tiny sizes on a CPU.
+"""
+
+import math
+
+import torch
+
+from oscar_radix.codec.int8_rows import dequantise_rows
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.policy.base import LEVELS
+from oscar_radix.pool.store import KVStore
+from tests.kernels.mass_levels_cases import mend_interpreter, random_store
+
+SCALE = 0.09
+
+
+def rows_of(store: KVStore, pages: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that a reader of layer 0 sees, float64 [Hkv, tokens, D]: hot rows where there are any, else the records."""
+    records = store.base.read(0, pages)
+    key, value = (rows.double() for rows in store.codec.open(0, records[0], records[1], records[2].nan_to_num()))
+    for index, page in enumerate(pages.tolist()):
+        level = int(store.hot.levels[page])
+        if level:
+            hot = store.hot.read(0, store.hot.blocks_of(pages[index : index + 1].cpu().numpy(), level))
+            masks = store.hot.row_masks[0, page]
+            for head in range(len(masks)):
+                held = [token for token in range(PAGE_TOKENS) if (int(masks[head]) >> token) & 1]
+                assert len(held) == level
+                key[index, head, held] = dequantise_rows(hot.k[0, head], hot.k_scale[0, head]).double()
+                value[index, head, held] = dequantise_rows(hot.v[0, head], hot.v_scale[0, head]).double()
+    flat = (rows.transpose(0, 1).flatten(1, 2)[:, :tokens] for rows in (key, value))
+    return tuple(flat)
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention in float64: query [T, Hq, D] at positions first.., key and value [Hkv, K, D]; out [T, Hq, D], lse [T, Hq]."""
+    kv_heads, keys, dim = key.shape
+    grouped = query.double().view(len(query), kv_heads, -1, dim)
+    scores = torch.einsum("thgd,hkd->thgk", grouped, key) * scale
+    positions = first + torch.arange(len(query), device=query.device)
+    hidden = torch.arange(keys, device=query.device)[None] > positions[:, None]
+    scores = scores.masked_fill(hidden[:, None, None], -math.inf)
+    out = torch.einsum("thgk,hkd->thgd", scores.softmax(-1), value)
+    return out.reshape(query.shape), scores.logsumexp(-1).reshape(query.shape[:2])
+
+
+def layer_cache(store: KVStore) -> tuple[torch.Tensor, ...]:
+    """What the kernels take of layer 0."""
+    base, hot = store.base, store.hot
+    return base.k_codes[0], base.v_codes[0], base.scales[0], hot.k_rows[0], hot.v_rows[0], hot.scales[0], hot.row_masks[0]
+
+
+def sequences_of(store: KVStore, lengths: list[int], device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """req_to_token int32 [R, C] with pages that are not shared, and the pages of each sequence."""
+    counts = [-(-length // PAGE_TOKENS) for length in lengths]
+    pages = list((torch.arange(sum(counts)) + 1).to(device).split(counts))
+    table = torch.zeros(len(lengths), max(counts) * PAGE_TOKENS, dtype=torch.int32, device=device)
+    for row, each in zip(table, pages, strict=True):
+        row[: len(each) * PAGE_TOKENS] = (each[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=device)).flatten()
+    return table, pages
+
+
+def error_of(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in the norm; an output that was not written counts as infinite."""
+    return ((actual.double() - expected).norm() / expected.norm()).nan_to_num(math.inf).item()
+
+
+def check_decode(
+    geometry: Geometry, lengths: list[int], splits: int, rotate: bool, device: str = "cpu", levels: tuple[int, ...] = LEVELS
+) -> None:
+    """`decode` of one new token a sequence; the last page of a sequence that does not fill it is whole."""
+    from oscar_radix.kernels.decode import decode, list_hot_pages
+
+    store = random_store(geometry, sum(-(-length // PAGE_TOKENS) for length in lengths), seed=splits, device=device, levels=levels)
+    table, pages = sequences_of(store, lengths, device)
+    for length, each in zip(lengths, pages, strict=True):
+        last = int(each[-1])
+        if length % PAGE_TOKENS and store.hot.levels[last] < PAGE_TOKENS:
+            if store.hot.levels[last]:
+                store.hot.release(last)
+            assert store.hot.acquire(last)
+            store.hot.scales[:, store.hot.block_table[last].astype("int64")] = 0.005
+    store.hot.sync_tables()
+    draw = torch.Generator().manual_seed(1)
+    query = torch.randn(len(lengths), geometry.query_heads, geometry.head_dim, generator=draw).to(device)
+    where = (table, torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
+    longest = max(len(each) for each in pages)
+    hot = tuple(torch.full((len(lengths), width), -7, dtype=torch.int32, device=device) for width in (longest, 4))
+    list_hot_pages(where, store.hot.device_levels, hot)
+    poison = [
+        torch.full(shape, math.nan, device=device) for shape in ((*query.shape[:2], splits, geometry.head_dim), (*query.shape[:2], splits))
+    ]
+    out, lse = torch.full_like(query, math.nan), torch.full(query.shape[:2], math.nan, device=device)
+    codec = store.codec
+    values = codec.value_parameters(0)
+    decode(
+        query,
+        layer_cache(store),
+        store.hot.device_block_table,
+        codec.key_parameters(0),
+        values,
+        where,
+        hot,
+        tuple(poison),
+        out,
+        SCALE,
+        rotate,
+        lse,
+    )
+    for request, length in enumerate(lengths):
+        key, value = rows_of(store, pages[request], length)
+        expected, expected_lse = attention(query[request : request + 1], key, value, SCALE, length - 1)
+        rotation, mean = (each.double().repeat_interleave(geometry.group, 0) for each in values)
+        expected = (torch.einsum("thc,hec->the", expected, rotation) if rotate else expected) + mean
+        error = error_of(out[request : request + 1], expected)
+        assert error < 2e-3, f"{geometry}, {length} tokens in {splits} parts: relative error {error:.1e}"
+        assert (lse[request] - expected_lse[0]).abs().max() < 2e-2
+
+
+def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits: int, device: str = "cpu") -> None:
+    """`extend` of a batch; prefixes end anywhere, also within a page."""
+    from oscar_radix.attention.triton_backend import query_blocks
+    from oscar_radix.kernels.extend import extend
+
+    store = random_store(geometry, sum(max(1, -(-prefix // PAGE_TOKENS)) for prefix in prefixes), seed=splits, device=device)
+    table, pages = sequences_of(store, [max(1, prefix) for prefix in prefixes], device)
+    draw = torch.Generator().manual_seed(2)
+    dim, tokens = geometry.head_dim, sum(new)
+    query = (torch.randn(tokens, geometry.query_heads, dim, generator=draw) * 0.3).half().to(device)
+    own = tuple(torch.randn(tokens, geometry.kv_heads, dim, generator=draw).half().to(device) for _ in range(2))
+    mean = torch.randn(geometry.kv_heads, dim, generator=draw).to(device)
+    to = lambda values: torch.tensor(values, device=device)  # noqa: E731
+    starts = [sum(new[:request]) for request in range(len(new))]
+    where = (table, to(list(range(len(new)))), to(prefixes), to(starts), to(new))
+    blocks = query_blocks(new, geometry.group, torch.device(device))
+    out = torch.full_like(query, math.nan, dtype=torch.float32)
+    extend(query, own, layer_cache(store), store.hot.device_block_table, store.codec.key_parameters(0), mean, where, blocks, splits, out)
+    for request, (start, count, prefix) in enumerate(zip(starts, new, prefixes, strict=True)):
+        span = slice(start, start + count)
+        rows = rows_of(store, pages[request], prefix)
+        key, value = (torch.cat([old, fresh[span].double().transpose(0, 1)], 1) for old, fresh in zip(rows, own, strict=True))
+        # The query carries the softmax scale and log2(e).
+        expected, _ = attention(query[span], key, value, math.log(2), prefix)
+        error = error_of(out[span], expected + mean.double().repeat_interleave(geometry.group, 0))
+        assert error < 2e-3, f"{geometry}, {count} new tokens on {prefix} in {splits} parts: relative error {error:.1e}"
+
+
+def main() -> None:
+    """The cases of the interpreter: one warp at a time, so a few pages."""
+    from oscar_radix.kernels import decode_hot, decode_records, extend, online_softmax, operands
+    from tests.kernels import operand_emulation, warp_emulation
+
+    mend_interpreter()
+    warp_emulation.emulate(decode_records, decode_hot, online_softmax)
+    operand_emulation.emulate(operands, extend)
+    check_decode(Geometry(1, 1, 4, 128), [150, 33], splits=3, rotate=True)
+    check_decode(Geometry(1, 2, 6, 64), [100, 1], splits=4, rotate=False)
+    check_decode(Geometry(1, 1, 10, 64), [70], splits=2, rotate=False)
+    check_decode(Geometry(1, 1, 2, 128), [96], splits=2, rotate=False, levels=(0,))
+    check_decode(Geometry(1, 1, 2, 64), [64], splits=2, rotate=False, levels=(32,))
+    check_extend(Geometry(1, 1, 4, 128), [100, 0], [40, 3], splits=1)
+    check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3)
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

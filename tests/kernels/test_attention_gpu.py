@@ -1,0 +1,26 @@
+"""Decode and extend kernels against float64 attention, on a CUDA device: odd sizes, every level, poisoned outputs."""
+
+import pytest
+import torch
+
+from oscar_radix.geometry import Geometry
+from oscar_radix.policy.base import LEVELS
+from tests.kernels.attention_cases import check_decode, check_extend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+SHAPES = [Geometry(1, 8, 32, 128), Geometry(1, 4, 28, 128), Geometry(1, 3, 9, 64), Geometry(1, 2, 2, 64), Geometry(1, 2, 24, 128)]
+
+
+@pytest.mark.parametrize("geometry", SHAPES, ids=str)
+def test_decode(geometry):
+    for splits, rotate in ((2, True), (7, False), (33, False)):
+        check_decode(geometry, [1, 33, 700, 1500, 1280], splits, rotate, "cuda")
+    for level in LEVELS:
+        check_decode(geometry, [320, 95], 3, False, "cuda", levels=(level,))
+
+
+@pytest.mark.parametrize("geometry", SHAPES, ids=str)
+def test_extend(geometry):
+    check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda")
+    check_extend(geometry, [777, 1], [5, 200], 3, "cuda")
