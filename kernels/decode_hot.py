@@ -20,6 +20,7 @@ from oscar_radix.kernels.warp import (
     mma_fp16,
     mma_int8,
     row_max,
+    store4,
     unpack_half2,
 )
 
@@ -36,10 +37,12 @@ def _query_operands(query_ptr, row, t, D: tl.constexpr):
     """
     values = ()
     largest = tl.zeros([32], tl.float32)
-    for i in tl.static_range(D // 4):
-        x = tl.load(query_ptr + row * D + (D // 4) * t + i)
-        largest = tl.maximum(largest, tl.abs(x))
-        values = values + (x,)
+    for i in tl.static_range(D // 16):
+        q = load4(query_ptr + row * D + (D // 4) * t + 4 * i)
+        for j in tl.static_range(4):
+            x = q[j].to(tl.float32, bitcast=True)
+            largest = tl.maximum(largest, tl.abs(x))
+            values = values + (x,)
     factor = QUERY_LEVELS / tl.maximum(row_max(largest), 1e-20)
     words = ()
     for i in tl.static_range(D // 16):
@@ -165,8 +168,10 @@ def read_hot(
             acc = added
     total, _, even_inverse, odd_inverse = column_sums(total, t)
     target = out_ptr + 2 * t * columns * D + (D // 8) * g
-    for i in tl.static_range(D // 8):
-        # Rows g of MMA i // 2 are channel (D / 8) g + 2 (i // 2), rows g + 8 the next.
-        tl.store(target + i, acc[2 * i] * even_inverse, mask=2 * t < members)
-        tl.store(target + columns * D + i, acc[2 * i + 1] * odd_inverse, mask=2 * t + 1 < members)
+    for i in tl.static_range(D // 32):
+        # Rows g of MMA m are channel (D / 8) g + 2 m, rows g + 8 the next.
+        even = acc[8 * i] * even_inverse, acc[8 * i + 2] * even_inverse, acc[8 * i + 4] * even_inverse, acc[8 * i + 6] * even_inverse
+        odd = acc[8 * i + 1] * odd_inverse, acc[8 * i + 3] * odd_inverse, acc[8 * i + 5] * odd_inverse, acc[8 * i + 7] * odd_inverse
+        store4(target + 4 * i, even[0], even[1], even[2], even[3], 2 * t < members)
+        store4(target + columns * D + 4 * i, odd[0], odd[1], odd[2], odd[3], 2 * t + 1 < members)
     store_lse(lse_ptr, top, total, exponent, g, t, members, columns)

@@ -16,6 +16,7 @@ from oscar_radix.kernels.warp import (
     high_halves,
     load1,
     load2,
+    load4,
     low_halves,
     mma_fp16,
     mma_int8,
@@ -23,6 +24,7 @@ from oscar_radix.kernels.warp import (
     row_sum,
     select_halves,
     shuffle,
+    store2,
     unpack_half2,
 )
 
@@ -69,10 +71,13 @@ def _query_operands(query_ptr, step_ptr, zero_ptr, row, t, D: tl.constexpr = 128
     largest = tl.zeros([32], tl.float32)
     for i in tl.static_range(D // 32):
         for part in tl.static_range(2):
+            channel = query_channel(i, part, t, D)
+            q = load4(query_ptr + row * D + channel)
+            step = load4(step_ptr + channel)
+            zero = load4(zero_ptr + channel)
             for j in tl.static_range(4):
-                channel = query_channel(i, part, t, D) + j
-                x = tl.load(query_ptr + row * D + channel) * tl.load(step_ptr + channel)
-                offset += x * tl.load(zero_ptr + channel)
+                x = q[j].to(tl.float32, bitcast=True) * step[j].to(tl.float32, bitcast=True)
+                offset += x * zero[j].to(tl.float32, bitcast=True)
                 largest = tl.maximum(largest, tl.abs(x))
                 values = values + (x,)
     offset = row_sum(offset)
@@ -242,11 +247,18 @@ def read_records(
     odd_zero = shuffle(zero_point, 8 * t + 4)
     target = out_ptr + 2 * t * columns * D + (2 * g if D == 128 else g)
     for i in tl.static_range(D // 16):
-        for upper in tl.static_range(2):
-            power = VALUE_POWERS[i if D == 128 else 2 * i + upper]
-            channel = 16 * i + upper if D == 128 else 16 * i + 8 * upper
-            even = acc[4 * i + 2 * upper] * (power * even_inverse) - even_zero
-            odd = acc[4 * i + 2 * upper + 1] * (power * odd_inverse) - odd_zero
-            tl.store(target + channel, even, mask=2 * t < members)
-            tl.store(target + columns * D + channel, odd, mask=2 * t + 1 < members)
+        lower = VALUE_POWERS[i if D == 128 else 2 * i]
+        upper = VALUE_POWERS[i if D == 128 else 2 * i + 1]
+        even0 = acc[4 * i] * (lower * even_inverse) - even_zero
+        odd0 = acc[4 * i + 1] * (lower * odd_inverse) - odd_zero
+        even1 = acc[4 * i + 2] * (upper * even_inverse) - even_zero
+        odd1 = acc[4 * i + 3] * (upper * odd_inverse) - odd_zero
+        if D == 128:
+            store2(target + 16 * i, even0, even1, 2 * t < members)
+            store2(target + columns * D + 16 * i, odd0, odd1, 2 * t + 1 < members)
+        else:
+            tl.store(target + 16 * i, even0, mask=2 * t < members)
+            tl.store(target + 16 * i + 8, even1, mask=2 * t < members)
+            tl.store(target + columns * D + 16 * i, odd0, mask=2 * t + 1 < members)
+            tl.store(target + columns * D + 16 * i + 8, odd1, mask=2 * t + 1 < members)
     store_lse(lse_ptr, top, total, exponent, g, t, members, columns)

@@ -42,9 +42,7 @@ def mass_records(
         counted = (g < G) & (tl.abs(lse) < float("inf"))
         base = tl.where(counted, -lse * LOG2_E, 0.0)
         parameters = (layer * Hkv + head) * 128
-        query, offset, unit = _query_operands(
-            query_ptr + layer * query_stride, key_step + parameters, key_zero + parameters, row, t
-        )
+        query, offset, unit = _query_operands(query_ptr + layer * query_stride, key_step + parameters, key_zero + parameters, row, t)
         exponent = unit * softmax_scale * LOG2_E
         masks_at = (key_masks + parameters + 8 * t).to(tl.pointer_type(tl.int32))
         even0 = tl.load(masks_at)

@@ -75,9 +75,8 @@ def load_queries(query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scal
     h2, b2 = query_plane(query_ptr, rows, row_ok, key_step + head * D, 2, D)
     h3, b3 = query_plane(query_ptr, rows, row_ok, key_step + head * D, 3, D)
     zero = key_zero + head * D + channel
-    offset = (
-        tl.sum(b0 * tl.load(zero)[None, :] + b1 * tl.load(zero + Q)[None, :], 1)
-        + tl.sum(b2 * tl.load(zero + 2 * Q)[None, :] + b3 * tl.load(zero + 3 * Q)[None, :], 1)
+    offset = tl.sum(b0 * tl.load(zero)[None, :] + b1 * tl.load(zero + Q)[None, :], 1) + tl.sum(
+        b2 * tl.load(zero + 2 * Q)[None, :] + b3 * tl.load(zero + 3 * Q)[None, :], 1
     )
     unit_b = tl.maximum(tl.maximum(tl.max(tl.abs(b0), 1), tl.max(tl.abs(b1), 1)), tl.maximum(tl.max(tl.abs(b2), 1), tl.max(tl.abs(b3), 1)))
     unit_h = tl.maximum(tl.maximum(tl.max(tl.abs(h0), 1), tl.max(tl.abs(h1), 1)), tl.maximum(tl.max(tl.abs(h2), 1), tl.max(tl.abs(h3), 1)))

@@ -92,9 +92,7 @@ def load2(pointer):
 @triton.jit
 def load1(pointer):
     """One 32-bit word of read-only data that will not be read again."""
-    return tl.inline_asm_elementwise(
-        "ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise("ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -153,4 +151,28 @@ def high_bytes_to_half2(word):
     return tl.inline_asm_elementwise(
         "{ .reg .b32 x; prmt.b32 x, $1, 0x64646464, 0x4342; sub.rn.f16x2 $0, x, $2; }",
         "=r,r,r", [word, tl.full([32], 0x64806480, tl.int32)], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _bits(x):
+    """A float32's word: a pointer and floats cannot be arguments of one inline PTX."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def store2(pointer, a, b, keep):
+    """Two float32 to 8-byte aligned memory, where `keep`."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+        "=r,l,r,r,r", [pointer, _bits(a), _bits(b), keep.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def store4(pointer, a, b, c, d, keep):
+    """Four float32 to 16-byte aligned memory, where `keep`."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
+        "=r,l,r,r,r,r,r", [pointer, _bits(a), _bits(b), _bits(c), _bits(d), keep.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip

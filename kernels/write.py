@@ -42,7 +42,7 @@ def _times_matrix(
     if MULTIPLY:
         out_channel = tl.arange(0, D)
         acc = tl.zeros([M, D], tl.float32)
-        for start in tl.static_range(0, D, 32):
+        for start in range(0, D, 32):
             channel = start + tl.arange(0, CHUNK)
             x = tl.load(row_ptr + token[:, None] * stride + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
             if CENTRE:
@@ -192,7 +192,7 @@ def write_prefill(
     group = query_heads // kv_heads
     _write_rows[(triton.cdiv(tokens, PREFILL_ROWS), kv_heads, group + 2)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query, *own, *rows, bad_rows,
-        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=True, M=PREFILL_ROWS, num_warps=4,
+        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=True, M=PREFILL_ROWS, num_warps=8,
     )  # fmt: skip
     return query, own, rows
 

@@ -11,6 +11,7 @@ from oscar_radix.codec.int8_rows import dequantise_rows
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import LEVELS
 from oscar_radix.pool.store import KVStore
+from tests.helpers import random_qkv
 from tests.kernels.mass_levels_cases import mend_interpreter, random_store
 
 SCALE = 0.09
@@ -147,6 +148,52 @@ def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits
         assert error < 2e-3, f"{geometry}, {count} new tokens on {prefix} in {splits} parts: relative error {error:.1e}"
 
 
+def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, device: str = "cpu") -> None:
+    """`write_prefill` or `write_decode` of new tokens, some of them to pages without hot blocks, then `seal`; one row is NaN."""
+    from oscar_radix.kernels.seal import seal
+    from oscar_radix.kernels.write import write_decode, write_prefill
+
+    store = random_store(geometry, 6, seed=tokens, device=device, levels=(0, 32))
+    codec, hot, bad = store.codec, store.hot, torch.zeros(1, dtype=torch.int32, device=device)
+    q, k, v = (each.to(device) for each in random_qkv(geometry, tokens, torch.Generator().manual_seed(3)))
+    slots = (torch.arange(tokens, device=device) * 7 + 3) % (6 * PAGE_TOKENS) + PAGE_TOKENS
+    k[0, 0, 5] = math.nan
+    parameters = codec.basis_parameters(0)
+    if not rotate:
+        parameters = (*parameters[:4], torch.full_like(parameters[4], math.nan))
+    rows = hot.k_rows[0], hot.v_rows[0], hot.scales[0]
+    value = codec.values_to_basis(0, v) if rotate else v.float() - codec.value_mean[0]
+    if decode:
+        query = torch.full(q.shape, math.nan, device=device)
+        write_decode(q, k, v, slots, parameters, rows, hot.device_block_table, query, bad, rotate)
+    else:
+        query, own, kept = write_prefill(q, k, v, slots, parameters, rows, hot.device_block_table, 0.5, bad, rotate)
+        expected = codec.keys_to_basis(0, k)
+        expected[0, 0] = 0.0
+        for half, whole, int8, which in ((own[0], expected, kept[0], 0), (own[1], value, kept[1], 1)):
+            assert error_of(half, whole.double()) < 1e-3
+            assert error_of(dequantise_rows(int8, kept[2][..., which]), whole.double()) < 2e-2
+    assert bad.item() == 1
+    assert error_of(query, codec.queries_to_basis(0, q).double() * (1.0 if decode else 0.5)) < 1e-3
+    key = codec.keys_to_basis(0, k)
+    for token, slot in enumerate(slots.tolist()):
+        block = int(hot.block_table[slot // PAGE_TOKENS, slot % PAGE_TOKENS // 2])
+        if block >= 0 and token:
+            stored = dequantise_rows(hot.k_rows[0, block, :, slot % 2], hot.scales[0, block, :, slot % 2, 0])
+            assert error_of(stored, key[token].double()) < 2e-2
+            stored = dequantise_rows(hot.v_rows[0, block, :, slot % 2], hot.scales[0, block, :, slot % 2, 1])
+            assert error_of(stored, value[token].double()) < 2e-2
+    whole = torch.from_numpy(store.table.owner[1:] * 0 + (hot.levels[1:] == PAGE_TOKENS)).nonzero().flatten() + 1
+    pages = whole.to(device)
+    held = hot.read(0, hot.blocks_of(whole.numpy(), PAGE_TOKENS))
+    expected = codec.seal(0, held.k, held.k_scale.nan_to_num(), held.v, held.v_scale.nan_to_num())
+    records = store.base.k_codes[0], store.base.v_codes[0], store.base.scales[0]
+    hot.scales.nan_to_num_()
+    seal(pages, rows, records, codec.seal_parameters(0), hot.device_block_table)
+    for actual, wanted in zip(store.base.read(0, pages), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 def main() -> None:
     """The cases of the interpreter: one warp at a time, so a few pages."""
     from oscar_radix.kernels import decode_hot, decode_records, extend, online_softmax, operands
@@ -162,6 +209,8 @@ def main() -> None:
     check_decode(Geometry(1, 1, 2, 64), [64], splits=2, rotate=False, levels=(32,))
     check_extend(Geometry(1, 1, 4, 128), [100, 0], [40, 3], splits=1)
     check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3)
+    check_write(Geometry(1, 1, 2, 64), 20, decode=False, rotate=True)
+    check_write(Geometry(1, 2, 4, 64), 9, decode=True, rotate=False)
     print("done")
 
 

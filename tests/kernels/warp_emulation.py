@@ -106,6 +106,16 @@ def load4(pointer):
     return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
 
 
+def store2(pointer, a, b, keep):
+    tl.store(pointer, a, mask=keep)
+    tl.store(pointer + 1, b, mask=keep)
+
+
+def store4(pointer, a, b, c, d, keep):
+    store2(pointer, a, b, keep)
+    store2(pointer + 2, c, d, keep)
+
+
 def _halves(word: tl.tensor) -> np.ndarray:
     return word.handle.data.view(np.float16).reshape(32, 2).astype(np.float32)
 
@@ -134,7 +144,7 @@ def mma_int8(a, b0, b1, c):
 
 FUNCTIONS = (
     shuffle, row_sum, row_max, exp2, half2, unpack_half2, low_halves, high_halves, select_halves, interleave_low, interleave_high,
-    low_bytes_to_half2, high_bytes_to_half2, load1, load2, load4, mma_int8, mma_fp16,
+    low_bytes_to_half2, high_bytes_to_half2, load1, load2, load4, store2, store4, mma_int8, mma_fp16,
 )  # fmt: skip
 
 
