@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from oscar_radix.attention.mass import MassSample
 from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
@@ -55,6 +56,8 @@ class TritonAttention:
     def __init__(self, store: KVStore, max_requests: int, max_tokens: int):
         """`max_requests` in a decode step, of at most `max_tokens` each."""
         self.store = store
+        self.sample: MassSample | None = None
+        """Set before CUDA graphs are captured, or never."""
         device = store.device
         geometry = store.geometry
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -82,7 +85,7 @@ class TritonAttention:
         """One token a request: q [B, Hq, D], k and v [B, Hkv, D]; returns [B, Hq, D] in q's dtype."""
         codec, hot = self._codec(), self.store.hot
         count, query_heads, dim = q.shape
-        query = torch.empty(count, query_heads, dim, dtype=torch.float32, device=q.device)
+        query, lse = self._kept(layer, count)
         hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
         write_decode(
             q,
@@ -115,8 +118,16 @@ class TritonAttention:
             out,
             softmax_scale,
             not codec.values_folded,
+            lse,
         )
         return out
+
+    def _kept(self, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where a decode step's queries and their log-sum-exp go: to the sample, if it has a place for each request."""
+        if self.sample is not None and count <= self.sample.query.shape[1]:
+            return self.sample.query[layer, :count, 0], self.sample.lse[layer, :count, 0]
+        geometry = self.store.geometry
+        return torch.empty(count, geometry.query_heads, geometry.head_dim, dtype=torch.float32, device=self.store.device), None
 
     def extend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ExtendBatch, softmax_scale: float
