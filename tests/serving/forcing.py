@@ -21,7 +21,7 @@ class ForcedTokens(CustomLogitProcessor):
         for row, params in enumerate(custom_param_list):
             step = len(params["__req__"].output_ids)
             forced = params["ids"][step]
-            kept = (log_p[row] if params["whole"] else log_p[row, forced : forced + 1]).numpy().tobytes()
+            kept = (log_p[row] if params["whole"] else log_p[row, forced : forced + 1]).cpu().numpy().tobytes()
             # SGLang samples after every chunk of a prompt; only the last of a step's rows counts.
             with Path(params["file"]).open("r+b") as file:
                 file.seek(step * len(kept))
