@@ -1,6 +1,7 @@
 """Decode and extend kernels against float64 attention, on any device that runs them: a GPU, or Triton's interpreter.
 
-`TRITON_INTERPRET=1 python -m tests.kernels.attention_cases` runs tiny sizes on a CPU.
+`TRITON_INTERPRET=1 python -m tests.kernels.attention_cases` runs tiny sizes on a CPU; on a GPU host
+`compute-sanitizer python -m tests.kernels.attention_cases` checks the memory accesses of the same sizes.
 """
 
 import math
@@ -195,23 +196,29 @@ def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, dev
 
 
 def main() -> None:
-    """The cases of the interpreter: one warp at a time, so a few pages."""
+    """The cases of the interpreter: one warp at a time, so a few pages. On a GPU, the same sizes for a memory checker."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        _emulate()
+    check_decode(Geometry(1, 1, 4, 128), [150, 33], splits=3, rotate=True, device=device)
+    check_decode(Geometry(1, 2, 6, 64), [100, 1], splits=4, rotate=False, device=device)
+    check_decode(Geometry(1, 1, 10, 64), [70], splits=2, rotate=False, device=device)
+    check_decode(Geometry(1, 1, 2, 128), [96], splits=2, rotate=False, device=device, levels=(0,))
+    check_decode(Geometry(1, 1, 2, 64), [64], splits=2, rotate=False, device=device, levels=(32,))
+    check_extend(Geometry(1, 1, 4, 128), [100, 0], [40, 3], splits=1, device=device)
+    check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3, device=device)
+    check_write(Geometry(1, 1, 2, 64), 20, decode=False, rotate=True, device=device)
+    check_write(Geometry(1, 2, 4, 64), 9, decode=True, rotate=False, device=device)
+    print("done")
+
+
+def _emulate() -> None:
     from oscar_radix.kernels import decode_hot, decode_records, extend, online_softmax, operands
     from tests.kernels import operand_emulation, warp_emulation
 
     mend_interpreter()
     warp_emulation.emulate(decode_records, decode_hot, online_softmax)
     operand_emulation.emulate(operands, extend)
-    check_decode(Geometry(1, 1, 4, 128), [150, 33], splits=3, rotate=True)
-    check_decode(Geometry(1, 2, 6, 64), [100, 1], splits=4, rotate=False)
-    check_decode(Geometry(1, 1, 10, 64), [70], splits=2, rotate=False)
-    check_decode(Geometry(1, 1, 2, 128), [96], splits=2, rotate=False, levels=(0,))
-    check_decode(Geometry(1, 1, 2, 64), [64], splits=2, rotate=False, levels=(32,))
-    check_extend(Geometry(1, 1, 4, 128), [100, 0], [40, 3], splits=1)
-    check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3)
-    check_write(Geometry(1, 1, 2, 64), 20, decode=False, rotate=True)
-    check_write(Geometry(1, 2, 4, 64), 9, decode=True, rotate=False)
-    print("done")
 
 
 if __name__ == "__main__":

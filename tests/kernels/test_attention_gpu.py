@@ -5,7 +5,7 @@ import torch
 
 from oscar_radix.geometry import Geometry
 from oscar_radix.policy.base import LEVELS
-from tests.kernels.attention_cases import check_decode, check_extend
+from tests.kernels.attention_cases import check_decode, check_extend, check_write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -24,3 +24,11 @@ def test_decode(geometry):
 def test_extend(geometry):
     check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda")
     check_extend(geometry, [777, 1], [5, 200], 3, "cuda")
+
+
+@pytest.mark.parametrize("geometry", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("rotate", [True, False])
+def test_write_and_seal(geometry, rotate):
+    for tokens in (1, 65, 150):
+        check_write(geometry, tokens, decode=False, rotate=rotate, device="cuda")
+    check_write(geometry, 19, decode=True, rotate=rotate, device="cuda")
