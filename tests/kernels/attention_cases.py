@@ -5,6 +5,7 @@
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 
@@ -209,7 +210,23 @@ def main() -> None:
     check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3, device=device)
     check_write(Geometry(1, 1, 2, 64), 20, decode=False, rotate=True, device=device)
     check_write(Geometry(1, 2, 4, 64), 9, decode=True, rotate=False, device=device)
+    if device == "cpu":
+        check_conversation()
     print("done")
+
+
+def check_conversation() -> None:
+    """The whole backend, prefill, chunks and decode, beside the specification; for a GPU see test_triton_gpu."""
+    from tests.kernels.pair import Pair
+
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=1)
+    pair = Pair(Geometry(1, 1, 2, 64), "tck", lengths=[140, 45], hot_pages=6, device="cpu")
+    pair.step({0: 70, 1: 31})
+    pair.step({0: 50})
+    for _ in range(6):
+        pair.step({0: 1, 1: 1}, decode=True)
+    pair.step({0: 9})
+    pair.step({0: 1}, decode=True)
 
 
 def _emulate() -> None:

@@ -1,18 +1,13 @@
 """Triton kernels against the plain-torch specification, on a CUDA device."""
 
-import numpy as np
 import pytest
 import torch
 
-from oscar_radix.attention.backend import TorchAttention
 from oscar_radix.attention.plan import plan_forward
-from oscar_radix.codec import get_recipe
-from oscar_radix.geometry import PAGE_TOKENS, Geometry
-from oscar_radix.policy import RandomPolicy
-from oscar_radix.pool.hot_pool import PAGE_BLOCKS
-from oscar_radix.pool.store import KVStore
+from oscar_radix.geometry import Geometry
 from oscar_radix.sequence import Sequence
-from tests.helpers import make_codec, page_count, random_qkv, take_pages
+from tests.helpers import random_qkv
+from tests.kernels.pair import SCALE, Pair
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -23,74 +18,6 @@ SHAPES = [
     Geometry(1, 2, 2, 128),
     Geometry(1, 2, 16, 64),
 ]
-SCALE = 0.1
-
-
-class Pair:
-    """The same cache twice: one driven by the specification, one by the kernels; `step` compares them."""
-
-    def __init__(self, geometry: Geometry, recipe: str, lengths: list[int], hot_pages: int, level: int | None = None):
-        from oscar_radix.attention.triton_backend import TritonAttention
-
-        self.geometry = geometry
-        self.draw = torch.Generator().manual_seed(3)
-        self.stores = []
-        for _ in range(2):
-            policy = RandomPolicy()
-            policy.level = policy.level if level is None else level
-            store = KVStore(geometry, get_recipe(recipe).layout(geometry.head_dim), 400, hot_pages * PAGE_BLOCKS, policy, 64, "cuda")
-            store.codec = make_codec(recipe, geometry, "cuda")
-            for buffer in (store.base.k_codes, store.base.v_codes, store.hot.k_rows, store.hot.v_rows):
-                buffer.random_(0, 100)  # poison: nothing may be read that was not written
-            self.stores.append(store)
-        self.spec, self.ours = TorchAttention(self.stores[0]), TritonAttention(self.stores[1], max_requests=8, max_tokens=4096)
-        self.pages = [take_pages(self.stores[0], page_count(length)) for length in lengths]
-        for pages in self.pages:
-            self.stores[1].allocate(pages)
-        self.done = [0] * len(lengths)
-        self.rows = torch.zeros(len(lengths), 4096, dtype=torch.int32, device="cuda")
-        for row, pages in enumerate(self.pages):
-            slots = (pages[:, None] * PAGE_TOKENS + np.arange(PAGE_TOKENS)).reshape(-1)
-            self.rows[row, : len(slots)] = torch.from_numpy(slots).int()
-
-    def step(self, counts: dict[int, int], decode: bool = False) -> None:
-        from oscar_radix.attention.triton_backend import DecodeBatch, ExtendBatch, query_blocks
-
-        sequences, slots = [], []
-        for i, count in counts.items():
-            end = self.done[i] + count
-            sequences.append(Sequence(self.pages[i][: page_count(end)], self.done[i], end, decode))
-            slots.append(self.rows[i, self.done[i] : end])
-            self.done[i] = end
-        q, k, v = (x.cuda() for x in random_qkv(self.geometry, sum(counts.values()), self.draw))
-        plans = [plan_forward(store, sequences) for store in self.stores]
-        expected = self.spec.run(0, q, k, v, plans[0], SCALE)
-        to = lambda values: torch.tensor(values, device="cuda")  # noqa: E731
-        rows, slots = to(list(counts)), torch.cat(slots).long()
-        if decode:
-            batch = DecodeBatch(self.rows, rows, to([s.seq_len for s in sequences]), slots)
-            self.ours.prepare_decode(batch)
-            actual = self.ours.decode(0, q, k, v, batch, SCALE)
-        else:
-            lengths = list(counts.values())
-            starts = np.cumsum([0, *lengths[:-1]]).tolist()
-            where = (self.rows, rows, to([s.prefix_len for s in sequences]), to(starts), to(lengths))
-            blocks = query_blocks(lengths, self.geometry.group, torch.device("cuda"))
-            batch = ExtendBatch(plans[1].write, slots, lengths, any(s.prefix_len for s in sequences), where, blocks)
-            actual = self.ours.extend(0, q, k, v, batch, SCALE)
-        error = (actual.double() - expected.double()).norm() / expected.double().norm()
-        assert error < 6e-3, f"relative error {error:.2e} at {counts}, decode {decode}"
-        self.compare_records()
-
-    def compare_records(self) -> None:
-        """A row may differ by one int8 step: the basis change is float32 here, float64 in the specification."""
-        theirs, ours = self.stores
-        sealed = torch.from_numpy(np.flatnonzero(theirs.table.sealed)).cuda()
-        assert np.array_equal(theirs.hot.levels, ours.hot.levels)
-        for name in ("k_codes", "v_codes", "scales"):
-            a, b = getattr(theirs.base, name)[0, sealed], getattr(ours.base, name)[0, sealed]
-            different = (a != b).float().mean().item() if len(sealed) else 0.0
-            assert different <= 2e-3, f"{name}: {different:.2e} of the values differ"
 
 
 @pytest.mark.parametrize("geometry", SHAPES, ids=str)
