@@ -1,0 +1,1 @@
+"""What promotion by attention mass gains against its controls, offline: `python -m benchmarks.quality`."""

@@ -1,0 +1,41 @@
+"""K at any average number of bits in the `tck` basis: the control that spends spare bits on every token alike. Emulated, not packed."""
+
+import torch
+from torch import Tensor
+
+from oscar_radix.codec.calibration import Calibration
+from oscar_radix.codec.tck import WHITENING
+from oscar_radix.codec.uniform import GAUSSIAN_MSE, GAUSSIAN_STEP, ROW_STRETCH
+
+STEP = {**GAUSSIAN_STEP, 5: 0.1881, 6: 0.1041}
+MSE = {**GAUSSIAN_MSE, 5: 0.003495, 6: 0.001041}
+"""J. Max, "Quantizing for minimum distortion", IRE Trans. IT-6 (1960), table II, for 32 and 64 equally spaced levels."""
+
+
+def water_filled(variances: Tensor, bits: float) -> Tensor:
+    """Widths int64 [..., D] of 0 to 6 bits, `bits` on average, any mix: each next bit goes where it removes most error."""
+    gains = torch.stack([variances * (MSE[width] - MSE[width + 1]) for width in range(max(MSE))], -1)
+    count = round(bits * variances.shape[-1])
+    order = gains.flatten(-2).argsort(-1, descending=True)[..., :count]
+    return torch.zeros_like(gains.flatten(-2)).scatter_(-1, order, 1.0).unflatten(-1, gains.shape[-2:]).sum(-1).long()
+
+
+class UniformKeys:
+    """K of a `tck` calibration at `bits` bits a channel on average, in every layer and head; one fp16 scale a row, as its records have."""
+
+    def __init__(self, calibration: Calibration, bits: float, device: torch.device | str = "cpu") -> None:
+        if calibration.recipe != "tck":
+            raise ValueError(f"widths by need are for recipe 'tck', not '{calibration.recipe}'")
+        sigma = calibration.tensors["key_sigma"].double()
+        widths = water_filled(sigma.pow(2 / (1 - WHITENING)), bits)
+        step = torch.tensor([STEP[width] for width in range(7)], dtype=torch.float64)[widths] * sigma
+        self.coded, self.sigma, self.step = (widths > 0).to(device), sigma.float().to(device), step.float().to(device)
+        self.top = (2.0**widths - 1).float().to(device)
+
+    def through(self, layer: int, y: Tensor) -> Tensor:
+        """Rows [P, H, D] in the basis, coded and read back."""
+        coded, sigma, step, top = self.coded[layer], self.sigma[layer], self.step[layer], self.top[layer]
+        energy = ((y / sigma).square() * coded).sum(-1, keepdim=True) / coded.sum(-1, keepdim=True)
+        row = (energy.sqrt() * ROW_STRETCH).half().float()
+        code = torch.floor(y / (row * step).clamp(min=1e-12) + (top + 1) / 2)
+        return (torch.minimum(code.clamp(min=0), top) - top / 2) * step * row * coded
