@@ -58,7 +58,8 @@ def ours(tokens: int, prefix: int, hot_rows: int, folded: bool) -> tuple[float, 
     write = WritePlan(none, none, none, none, none.view(0, 16), completed, starts)
     where = (table, to([0]), to([prefix]), to([0]), to([tokens]))
     blocks = query_blocks([tokens], GEOMETRY.group, torch.device("cuda"))
-    batch = ExtendBatch(write, table[0, prefix : prefix + tokens].long(), [tokens], prefix > 0, where, blocks)
+    splits = attention.extend_splits([prefix], [tokens])
+    batch = ExtendBatch(write, table[0, prefix : prefix + tokens].long(), where, blocks, splits)
     q, k, v = new_rows(tokens)
     return measure(lambda: attention.extend(0, q, k, v, batch, SCALE))
 

@@ -21,7 +21,11 @@ ROWS = 128
 TILE = tl.constexpr(64)
 """Tokens of a tile of the portable kernel."""
 
+TILE_TOKENS = 128
+"""Tokens of a tile on Hopper."""
+
 LARGEST_SPLIT = 16
+MIN_PART_TILES = 4
 
 
 def block_tokens(group: int) -> int:
@@ -29,14 +33,20 @@ def block_tokens(group: int) -> int:
     return ROWS // triton.next_power_of_2(group)
 
 
-def extend_splits(blocks: int, multiprocessors: int) -> int:
-    """Parts of the keys that make `blocks` programs (one a multiprocessor) fill the GPU best.
+def extend_splits(prefixes: list[int], lengths: list[int], kv_heads: int, group: int, multiprocessors: int) -> int:
+    """Parts of the keys that make the programs of a prefill batch (one a multiprocessor at a time) fill the GPU best.
 
-    The time is ceil(blocks * s / multiprocessors) / s waves; the fewest parts within 5 % of the least time.
+    With n programs and s parts the time is ceil(n s / multiprocessors) / s waves; the fewest parts within 5 % of the least time,
+    each of at least MIN_PART_TILES tiles of the longest sequence.
+
+    Args:
+        prefixes, lengths: cached and new tokens of each sequence.
     """
-    waves = {s: -(-blocks * s // multiprocessors) / s for s in range(1, LARGEST_SPLIT + 1)}
-    least = min(waves.values())
-    return next(s for s, time in waves.items() if time <= 1.05 * least)
+    programs = kv_heads * sum(-(-length // block_tokens(group)) for length in lengths)
+    tiles = max(-(-(prefix + length) // TILE_TOKENS) for prefix, length in zip(prefixes, lengths, strict=True))
+    most = max(1, min(LARGEST_SPLIT, tiles // MIN_PART_TILES))
+    waves = {s: -(-programs * s // multiprocessors) / s for s in range(1, most + 1)}
+    return next(s for s, time in waves.items() if time <= 1.05 * min(waves.values()))
 
 
 @triton.jit
@@ -83,7 +93,8 @@ def _extend(
     query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
     key_step, key_zero, key_masks, mean_ptr, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
     out_ptr, lse_ptr, row_stride, splits, total_rows,
-    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTIAL: tl.constexpr, M: tl.constexpr,
+    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTIAL: tl.constexpr, KEEP_LSE: tl.constexpr,
+    M: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -142,29 +153,37 @@ def _extend(
         values = tl.load(v_ptr + own, mask=(at < length)[:, None], other=0.0)
         top, total, acc = _attend_tile(tl.dot(query, tl.trans(keys)), at[None, :] <= position[:, None], values, top, total, acc)
     out = acc * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+    lse = top + tl.log2(total)
     if PARTIAL:
         at_row += split.to(tl.int64) * total_rows
-        tl.store(lse_ptr + at_row, top + tl.log2(total), mask=row_ok)
+        tl.store(lse_ptr + at_row, lse, mask=row_ok)
     else:
         out += tl.load(mean_ptr + head * D + channel)[None, :]
+        if KEEP_LSE:
+            tl.store(lse_ptr + at_row, lse * 0.6931471805599453, mask=row_ok)
     tl.store(out_ptr + at_row[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
 @triton.jit(do_not_specialize=["splits", "total_rows"])
 def _merge_parts(
-    partial_ptr, lse_ptr, mean_ptr, out_ptr, splits, total_rows, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr
-):
+    partial_ptr, lse_ptr, mean_ptr, out_ptr, final_lse_ptr, splits, total_rows,
+    Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, KEEP_LSE: tl.constexpr,
+):  # fmt: skip
     """Merge the parts of one query row; still in the value basis, V's mean added."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, D)
     part = tl.arange(0, S)
     lse = tl.load(lse_ptr + part * total_rows + row, mask=part < splits, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    weights /= tl.sum(weights, 0)
+    top = tl.max(lse, 0)
+    weights = tl.exp2(lse - top)
+    total = tl.sum(weights, 0)
     at = (part.to(tl.int64) * total_rows + row)[:, None] * D + channel[None, :]
-    parts = tl.load(partial_ptr + at, mask=(part < splits)[:, None], other=0.0)
-    out = tl.sum(parts * weights[:, None], 0) + tl.load(mean_ptr + (row % Hq) // G * D + channel)
+    # An empty part wrote no output: its weight is 0 and it is not read.
+    parts = tl.load(partial_ptr + at, mask=((part < splits) & (weights > 0))[:, None], other=0.0)
+    out = tl.sum(parts * (weights / total)[:, None], 0) + tl.load(mean_ptr + (row % Hq) // G * D + channel)
     tl.store(out_ptr + row * D + channel, out.to(out_ptr.dtype.element_ty))
+    if KEEP_LSE:
+        tl.store(final_lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453)
 
 
 def extend(
@@ -178,6 +197,7 @@ def extend(
     blocks: tuple[torch.Tensor, torch.Tensor],
     splits: int,
     out: torch.Tensor,
+    final_lse: torch.Tensor | None = None,
 ) -> None:
     """Attention of the new tokens of a prefill batch to the cached tokens before them and, causally, to each other.
 
@@ -194,6 +214,7 @@ def extend(
         blocks: request and first position (relative to the prefix) of each block of `block_tokens(G)` query tokens, int32.
         splits: parts of the keys, see `extend_splits`.
         out: [T, Hq, D] in the value basis, any float dtype; written.
+        final_lse: float32 [T, Hq], natural logarithm, of scores in the key basis; written where it is given.
     """
     tokens, query_heads, dim = query.shape
     kv_heads = own[0].shape[1]
@@ -202,7 +223,9 @@ def extend(
     k_codes, v_codes, scales, hot_k, hot_v, *rest = layer_cache
     words = (k_codes.view(torch.int32), v_codes.view(torch.int32), scales, hot_k.view(torch.int32), hot_v.view(torch.int32))
     req_to_token, *where = sequences
-    target, lse = out, value_mean
+    keep = final_lse is not None
+    kept = final_lse if keep else value_mean
+    target, lse = out, kept
     if splits > 1:
         target = torch.empty(splits, tokens, query_heads, dim, dtype=torch.float32, device=out.device)
         lse = torch.empty(splits, tokens, query_heads, dtype=torch.float32, device=out.device)
@@ -211,6 +234,7 @@ def extend(
         target, lse, req_to_token.stride(0), splits, rows,
     )  # fmt: skip
     constants = {"Hkv": kv_heads, "G": group, "GROUP": triton.next_power_of_2(group), "D": dim, "PARTIAL": splits > 1}
+    constants["KEEP_LSE"] = keep and splits == 1
     grid = (kv_heads, len(blocks[0]), splits)
     if compute_capability(query) == 9:
         extend_hopper[grid](*arguments, **constants, num_warps=4)
@@ -218,5 +242,17 @@ def extend(
         _extend[grid](*arguments, **constants, M=ROWS, num_warps=8, num_stages=1)
     if splits > 1:
         _merge_parts[(rows,)](
-            target, lse, value_mean, out, splits, rows, Hq=query_heads, G=group, D=dim, S=triton.next_power_of_2(splits), num_warps=1
+            target,
+            lse,
+            value_mean,
+            out,
+            kept,
+            splits,
+            rows,
+            Hq=query_heads,
+            G=group,
+            D=dim,
+            S=triton.next_power_of_2(splits),
+            KEEP_LSE=keep,
+            num_warps=1,
         )

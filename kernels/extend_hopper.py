@@ -46,6 +46,7 @@ def _consume(
     first_tile, last_tile, prefix, length, start, first, head, split, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr,
     k_tiles, v_tiles, q_tile, k_full, v_full, k_free, v_free,
     FIRST_ROW: gl.constexpr, Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr,
+    KEEP_LSE: gl.constexpr,
 ):  # fmt: skip
     """64 query rows, from FIRST_ROW of the program's 128."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -102,12 +103,14 @@ def _consume(
     channel = gl.arange(0, D, gl.SliceLayout(0, OUT))
     sums = gl.convert_layout(total, gl.SliceLayout(1, OUT))
     out = acc * (1.0 / gl.where(sums > 0, sums, 1.0))[:, None]
+    lse = gl.convert_layout(top, gl.SliceLayout(1, OUT)) + gl.log2(sums)
     if PARTIAL:
         at += split.to(gl.int64) * total_rows
-        lse = gl.convert_layout(top, gl.SliceLayout(1, OUT)) + gl.log2(sums)
         gl.store(lse_ptr + at, lse, mask=inside)
     else:
         out += gl.load(mean_ptr + head * D + channel)[None, :]
+        if KEEP_LSE:
+            gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
     gl.store(out_ptr + at[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -116,7 +119,7 @@ def extend_hopper(
     query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
     key_step, key_zero, key_masks, mean_ptr, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
     out_ptr, lse_ptr, row_stride, splits, total_rows,
-    Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr,
+    Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr, KEEP_LSE: gl.constexpr,
 ):  # fmt: skip
     head = gl.program_id(0)
     # Later blocks read more of their own chunk: the longest first.
@@ -153,11 +156,11 @@ def extend_hopper(
             [
                 (_consume, (
                     first_tile, last_tile, prefix, length, start, first, head, split, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr,
-                    k_tiles, v_tiles, q_tiles.index(0), k_full, v_full, k_free, v_free, 0, Hkv, G, GROUP, D, PARTIAL,
+                    k_tiles, v_tiles, q_tiles.index(0), k_full, v_full, k_free, v_free, 0, Hkv, G, GROUP, D, PARTIAL, KEEP_LSE,
                 )),
                 (_consume, (
                     first_tile, last_tile, prefix, length, start, first, head, split, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr,
-                    k_tiles, v_tiles, q_tiles.index(1), k_full, v_full, k_free, v_free, CONSUMER_ROWS, Hkv, G, GROUP, D, PARTIAL,
+                    k_tiles, v_tiles, q_tiles.index(1), k_full, v_full, k_free, v_free, CONSUMER_ROWS, Hkv, G, GROUP, D, PARTIAL, KEEP_LSE,
                 )),
                 (produce, (
                     first_tile, last_tile, prefix, length, start, row, head, k_codes, scales, hot_k, hot_scales, row_masks, table_ptr,
@@ -170,3 +173,10 @@ def extend_hopper(
             ],
             [4, 4, 4], [184, 72, 72],
         )  # fmt: skip
+    elif PARTIAL:
+        # Fewer tiles than parts.
+        r = gl.arange(0, 2 * CONSUMER_ROWS, gl.BlockedLayout([1], [32], [4], [0]))
+        inside = (first + r // GROUP < length) & (r % GROUP < G)
+        at = (start + first + r // GROUP).to(gl.int64) * (Hkv * G) + head * G + r % GROUP + split.to(gl.int64) * total_rows
+        empty = gl.full([2 * CONSUMER_ROWS], float("-inf"), gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
+        gl.store(lse_ptr + at, empty, mask=inside)

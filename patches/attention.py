@@ -100,8 +100,8 @@ class OscarAttentionBackend(AttentionBackend):
         sent = upload_all([*writes, layout, *(part.numpy() for part in blocks)], self.req_to_token.device)
         *write, layout, request, first = sent
         where = (self.req_to_token, forward_batch.req_pool_indices, *layout.unbind())
-        has_prefix = any(sequence.prefix_len for sequence in sequences)
-        self.plan = ExtendBatch(WritePlan(*write), forward_batch.out_cache_loc, lengths, has_prefix, where, (request, first))
+        splits = self.runtime.attention.extend_splits([sequence.prefix_len for sequence in sequences], lengths)
+        self.plan = ExtendBatch(WritePlan(*write), forward_batch.out_cache_loc, where, (request, first), splits)
 
     # Run -------------------------------------------------------------------------------------------------------------
 

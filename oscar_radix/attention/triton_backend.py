@@ -32,15 +32,15 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class ExtendBatch:
-    """A prefill batch: `write` of its ForwardPlan, slots int64 [T], numbers of new tokens, whether any sequence has a prefix, and
-    what `extend_prefix` takes as sequences and blocks."""
+    """A prefill batch: `write` of its ForwardPlan, slots int64 [T], what `extend` takes as sequences and blocks, and parts of the keys;
+    for a sampled batch the rows of `last_rows`, int64 [B, queries]."""
 
     write: WritePlan
     slots: torch.Tensor
-    lengths: list[int]
-    has_prefix: bool
     sequences: tuple[torch.Tensor, ...]
     blocks: tuple[torch.Tensor, torch.Tensor]
+    splits: int
+    sample_rows: torch.Tensor | None = None
 
 
 def query_blocks(lengths: list[int], group: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +57,9 @@ class TritonAttention:
         """`max_requests` in a decode step, of at most `max_tokens` each."""
         self.store = store
         self.sample: MassSample | None = None
-        """Set before CUDA graphs are captured, or never."""
+        """Of decode steps; set before CUDA graphs are captured, or never."""
+        self.prefill_sample: MassSample | None = None
+        """Of prefill batches that name `sample_rows`."""
         device = store.device
         geometry = store.geometry
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -72,6 +74,11 @@ class TritonAttention:
     def splits(self, batch: int) -> int:
         """Parts into which the keys of each sequence of a decode step are split."""
         return decode_splits(batch, self.store.geometry.kv_heads, self.store.geometry.group, self._multiprocessors)
+
+    def extend_splits(self, prefixes: list[int], lengths: list[int]) -> int:
+        """Parts into which the keys of a prefill batch are split, from its numbers of cached and new tokens."""
+        geometry = self.store.geometry
+        return extend_splits(prefixes, lengths, geometry.kv_heads, geometry.group, self._multiprocessors)
 
     def prepare_decode(self, batch: "DecodeBatch") -> None:
         """Once a step, before the layers: which pages of each request hold hot rows."""
@@ -151,9 +158,10 @@ class TritonAttention:
         seal(plan.seal_pages, hot_rows, self._records(layer), parameters, hot.device_block_table)
         seal(plan.direct_pages, rows, self._records(layer), parameters, starts=plan.direct_tokens[:, 0].contiguous())
         out = torch.empty_like(query, dtype=q.dtype)
+        sampled = self.prefill_sample is not None and batch.sample_rows is not None
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=q.device) if sampled else None
         folded = codec.values_folded
         target, mean = (out, codec.value_mean[layer]) if folded else (torch.empty_like(query), self._no_mean)
-        splits = extend_splits(len(batch.blocks[0]) * self.store.geometry.kv_heads, self._multiprocessors) if batch.has_prefix else 1
         extend(
             query,
             own,
@@ -163,9 +171,14 @@ class TritonAttention:
             mean,
             batch.sequences,
             batch.blocks,
-            splits,
+            batch.splits,
             target,
+            lse,
         )
+        if lse is not None:
+            # The kernel's queries carry the softmax scale and log2(e), and are fp16.
+            self.prefill_sample.keep_rows(layer, query, lse, batch.sample_rows)
+            self.prefill_sample.query[layer, : len(batch.sample_rows)] /= softmax_scale * LOG2_E
         if not folded:
             leave_basis(target, *codec.value_parameters(layer), out)
         return out

@@ -138,14 +138,16 @@ def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits
     starts = [sum(new[:request]) for request in range(len(new))]
     where = (table, to(list(range(len(new)))), to(prefixes), to(starts), to(new))
     blocks = query_blocks(new, geometry.group, torch.device(device))
-    out = torch.full_like(query, math.nan, dtype=torch.float32)
-    extend(query, own, layer_cache(store), store.hot.device_block_table, store.codec.key_parameters(0), mean, where, blocks, splits, out)
+    out, lse = torch.full_like(query, math.nan, dtype=torch.float32), torch.full(query.shape[:2], math.nan, device=device)
+    cache, parameters = layer_cache(store), store.codec.key_parameters(0)
+    extend(query, own, cache, store.hot.device_block_table, parameters, mean, where, blocks, splits, out, lse)
     for request, (start, count, prefix) in enumerate(zip(starts, new, prefixes, strict=True)):
         span = slice(start, start + count)
         rows = rows_of(store, pages[request], prefix)
         key, value = (torch.cat([old, fresh[span].double().transpose(0, 1)], 1) for old, fresh in zip(rows, own, strict=True))
         # The query carries the softmax scale and log2(e).
-        expected, _ = attention(query[span], key, value, math.log(2), prefix)
+        expected, expected_lse = attention(query[span], key, value, math.log(2), prefix)
+        assert (lse[span] - expected_lse).abs().max() < 2e-2
         error = error_of(out[span], expected + mean.double().repeat_interleave(geometry.group, 0))
         assert error < 2e-3, f"{geometry}, {count} new tokens on {prefix} in {splits} parts: relative error {error:.1e}"
 

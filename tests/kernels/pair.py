@@ -66,7 +66,8 @@ class Pair:
             starts = np.cumsum([0, *lengths[:-1]]).tolist()
             where = (self.rows, rows, to([s.prefix_len for s in sequences]), to(starts), to(lengths))
             blocks = query_blocks(lengths, self.geometry.group, torch.device(self.device))
-            batch = ExtendBatch(plans[1].write, slots, lengths, any(s.prefix_len for s in sequences), where, blocks)
+            splits = self.ours.extend_splits([s.prefix_len for s in sequences], lengths)
+            batch = ExtendBatch(plans[1].write, slots, where, blocks, splits)
             actual = self.ours.extend(0, q, k, v, batch, SCALE)
         error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < 6e-3, f"relative error {error:.2e} at {counts}, decode {decode}"

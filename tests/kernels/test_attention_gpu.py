@@ -24,6 +24,7 @@ def test_decode(geometry):
 def test_extend(geometry):
     check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda")
     check_extend(geometry, [777, 1], [5, 200], 3, "cuda")
+    check_extend(geometry, [40, 300], [2, 130], 16, "cuda")
 
 
 @pytest.mark.parametrize("geometry", SHAPES[:3], ids=str)
