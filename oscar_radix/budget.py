@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from oscar_radix.codec.layout import RecordLayout
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.pool.base_records import BaseRecords
+from oscar_radix.pool.heat import PageHeat
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.mass import MassTable
+from oscar_radix.pool.mass_levels import SLOT_BLOCKS
 from oscar_radix.pool.pages import PageTable
 
 LARGEST_HOT_SHARE = 0.5
@@ -50,6 +53,7 @@ def split_budget(
     parameter_bytes: int,
     running_requests: int | None,
     prefill_tokens: int | None,
+    by_mass: bool = False,
 ) -> PoolSizes:
     """Sizes of the pools for `budget_bytes`, all of it counted: records, hot pool, tables, codec parameters.
 
@@ -64,12 +68,15 @@ def split_budget(
         parameter_bytes: bytes of the codec's bases and steps.
         running_requests: the user's limit; None when there is none (the server then admits what the hot pool carries).
         prefill_tokens: tokens of one prefill chunk; None when prefill is not chunked.
+        by_mass: the policy goes by attention mass, whose table shares the hot pool's part of the budget.
 
     Raises:
         ValueError: when the budget is too small, with what was asked and what is possible.
     """
-    block = HotPool.block_bytes(geometry)
+    # With its part of a mass slot.
+    block = HotPool.block_bytes(geometry) + (-(-MassTable.slot_bytes(geometry) // SLOT_BLOCKS) if by_mass else 0)
     page = BaseRecords.page_bytes(geometry, layout) + HotPool.table_bytes_per_page(geometry) + PageTable.bytes_per_page()
+    page += MassTable.bytes_per_page() + PageHeat.bytes_per_page() if by_mass else 0
     wanted_pages = (running_requests or 1) + -(-(prefill_tokens or 0) // PAGE_TOKENS)
     hot_blocks = max(int(budget_bytes * hot_fraction) // block, wanted_pages * PAGE_BLOCKS)
     if hot_blocks * block > LARGEST_HOT_SHARE * budget_bytes:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.policy import POLICIES
+from oscar_radix.policy.base import LAG
 
 FOLD_VALUES = ("auto", "off")
 
@@ -16,6 +17,7 @@ class OscarConfig:
         recipe: name of a codec recipe.
         calibration: calibration file; None means the cached one for this model, made at start-up when there is none.
         policy: what becomes of the hot rows of pages outside every recent window.
+        policy_interval: forwards between two decisions of the policy `attention`.
         recent_tokens: W, the tokens before the end of a sequence that stay at int8.
         hot_fraction: share of the KV byte budget that the hot pool takes.
         fold_values: "auto" folds the rotation of V into the model's weights where that is possible, "off" never does.
@@ -25,6 +27,7 @@ class OscarConfig:
     recipe: str
     calibration: str | None = None
     policy: str = "none"
+    policy_interval: int = 64
     recent_tokens: int = 256
     hot_fraction: float = 0.12
     fold_values: str = "auto"
@@ -33,6 +36,8 @@ class OscarConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"--oscar-policy {self.policy} is unknown; choose from {sorted(POLICIES)}")
+        if self.policy_interval <= LAG:
+            raise ValueError(f"--oscar-policy-interval {self.policy_interval} must be above {LAG}, the forwards that a decision takes")
         if self.recent_tokens < PAGE_TOKENS or self.recent_tokens % PAGE_TOKENS:
             raise ValueError(
                 f"--oscar-recent-tokens {self.recent_tokens} must be a multiple of the page size {PAGE_TOKENS} and at least {PAGE_TOKENS}"

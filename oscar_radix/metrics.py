@@ -1,10 +1,12 @@
 """What an operator sees: a report for /server_info and one-line summaries."""
 
+import math
 from typing import Any
 
 from oscar_radix.budget import PoolSizes
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.policy import LEVELS
 from oscar_radix.pool.store import KVStore
 
 MIB = 2**20
@@ -22,7 +24,7 @@ class Metrics:
     def report(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
         store, residency = self.store, self.store.residency
-        return {
+        report = {
             "recipe": self.config.recipe,
             "policy": self.config.policy,
             "calibration": self.calibration_source,
@@ -39,6 +41,8 @@ class Metrics:
             "levels": store.usage_by_level(),
             "hot_blocks": {"capacity": store.hot.capacity, "free": store.hot.free_blocks},
             "demotions": residency.demotions,
+            "demotions_by_level": {str(level): int(residency.demoted_to[level]) for level in LEVELS[:-1]},
+            "promotions_by_level": {str(PAGE_TOKENS): store.adopted},
             "pages_sealed_without_hot_rows": residency.sealed_without_hot_rows,
             "rows_with_nan_or_inf": int(store.bad_rows),
             "forwards": residency.now,
@@ -47,11 +51,21 @@ class Metrics:
                 "prefill": store.requests.prefill_rows_read_back,
             },
         }
+        if store.mass:
+            table, covered = store.mass.table, self._covered_share()
+            report["mass"] = {"covered_share": covered, "pages_tracked": table.capacity - table.free_slots, "slots": table.capacity}
+        return report
+
+    def _covered_share(self) -> float | None:
+        """Share of the tracked pages' attention mass that lies on hot rows, as of the last decision; None before the first."""
+        share = self.store.mass.heat.covered_share
+        return None if math.isnan(share) else share
 
     def startup_lines(self) -> list[str]:
         """Recipe, calibration, capacity against bf16, effective bits."""
         sizes, store = self.sizes, self.store
         held = store.allocated_bytes
+        mass = f", attention mass {held['mass'] / MIB:.1f}" if "mass" in held else ""
         rotation = "folded into the weights" if store.codec.values_folded else "at run time"
         return [
             f"kv-quant oscar: recipe {self.config.recipe}, policy {self.config.policy}, recent window {self.config.recent_tokens} tokens, "
@@ -59,15 +73,17 @@ class Metrics:
             f"kv-quant oscar: {sizes.tokens} tokens of KV in {sizes.budget_bytes / MIB:.1f} MiB, {sizes.capacity_ratio:.2f} times the "
             f"{sizes.bf16_tokens} of bf16; {store.effective_bits:.2f} effective bits per element (codes {held['codes'] / MIB:.1f}, scales "
             f"{held['scales'] / MIB:.1f}, hot pool {held['hot_pool'] / MIB:.1f}, tables {held['tables'] / MIB:.2f}, codec parameters "
-            f"{held['codec_parameters'] / MIB:.1f} MiB)",
+            f"{held['codec_parameters'] / MIB:.1f}{mass} MiB)",
         ]
 
     def periodic_line(self) -> str:
-        """Tokens and bytes by level."""
+        """Tokens and bytes by level, demotions, and how much of the mass is on hot rows where the policy goes by it."""
         usage = self.store.usage_by_level()
         levels = [f"level {level}: {entry['tokens']} tokens {entry['bytes'] / MIB:.1f} MiB" for level, entry in usage.items()]
         hot = self.store.hot
+        covered = self._covered_share() if self.store.mass else None
+        mass = "" if covered is None else f"{100 * covered:.1f} % of the attention mass on hot rows, "
         return (
             f"kv-quant oscar: {', '.join(levels)}; hot blocks {hot.capacity - hot.free_blocks} of {hot.capacity} used, "
-            f"{self.store.residency.demotions} demotions, {self.store.poll_bad_rows()} rows with NaN or Inf"
+            f"{mass}{self.store.residency.demotions} demotions, {self.store.poll_bad_rows()} rows with NaN or Inf"
         )

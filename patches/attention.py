@@ -1,5 +1,6 @@
 """SGLang's attention backend interface over ours: a forward batch becomes sequences, a layer call becomes `run`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from oscar_radix.attention.backend import TorchAttention
 from oscar_radix.attention.plan import WritePlan, plan_decode, plan_forward, plan_writes
+from oscar_radix.attention.sampling import MassSampling
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.kernels.attend import attend
 from oscar_radix.patches.fold_values import prepare_to_fold
@@ -44,6 +46,7 @@ class OscarAttentionBackend(AttentionBackend):
             from oscar_radix.attention.triton_backend import TritonAttention
 
             runtime.attention = TritonAttention(runtime.store, runner.req_to_token_pool.size, self.req_to_token.shape[1])
+        self.sampling = MassSampling(runtime.store) if runtime.store.mass else None
         self.plan: Any = None
         self.moments: MomentAccumulator | None = None
 
@@ -59,6 +62,7 @@ class OscarAttentionBackend(AttentionBackend):
             step = self.pages.decode(forward_batch)
             if self.on_cpu:
                 self.plan = plan_decode(store, step)
+                self._sample(True, step.sequences)
             else:
                 store.residency.prepare_decode(step)
                 self._plan_decode(forward_batch)
@@ -66,9 +70,15 @@ class OscarAttentionBackend(AttentionBackend):
             sequences = self.pages.extend(forward_batch)
             if self.on_cpu:
                 self.plan = plan_forward(store, sequences)
+                self._sample(False, lambda: sequences)
             else:
                 self._plan_extend(forward_batch, sequences)
         self.runtime.log_periodically()
+
+    def _sample(self, decode: bool, sequences: Callable[[], list[Sequence]]) -> None:
+        """The attention of this forward is to keep what mass is made of, if it is one of those that are sampled."""
+        if self.sampling:
+            self.runtime.attention.sample = self.sampling.begin(sequences() if self.sampling.wanted(decode) else [])
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a decode graph is captured or replayed. Padding rows have one token in page 0 and are not planned."""
@@ -130,6 +140,9 @@ class OscarAttentionBackend(AttentionBackend):
             out = self._calibrate(index, query, key, value, layer.scaling)
         elif self.on_cpu:
             out = self.runtime.attention.run(index, query, key, value, self.plan, layer.scaling)
+            if self.sampling and index == self.runtime.geometry.layers - 1:
+                self.sampling.end(layer.scaling)
+                self.runtime.attention.sample = None
         else:
             out = getattr(self.runtime.attention, mode)(index, query, key, value, self.plan, layer.scaling)
         return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)

@@ -61,7 +61,14 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
         choices=list(POLICIES),
         default="none",
         help="What becomes of int8 rows outside the recent windows: 'none' drops them at once, 'window' keeps whole pages until the pool "
-        "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page. Default: none.",
+        "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps up to 8 "
+        "rows a page that attention reads most (CPU only so far). Default: none.",
+    )
+    group.add_argument(
+        "--oscar-policy-interval",
+        type=int,
+        default=64,
+        help="Forwards between two decisions of --oscar-policy attention. Default: 64.",
     )
     group.add_argument(
         "--oscar-recent-tokens",
@@ -93,12 +100,15 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
             recipe=args.oscar_recipe,
             calibration=args.oscar_calibration,
             policy=args.oscar_policy,
+            policy_interval=args.oscar_policy_interval,
             recent_tokens=args.oscar_recent_tokens,
             hot_fraction=args.oscar_hot_fraction,
             fold_values=args.oscar_fold_values,
         )
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_device(device, config.recipe)
+        if config.policy == "attention" and device != "cpu":
+            raise Refused("--oscar-policy attention runs on CPUs only so far; choose none, window or random")
         refuse_flags(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from (None if isinstance(error, Refused) else error)

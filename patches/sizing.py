@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.layers.dp_attention import attn_tp_all_reduce
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from oscar_radix.budget import split_budget
@@ -40,6 +41,7 @@ def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: in
         parameter_bytes=parameter_bytes(recipe, geometry),
         running_requests=schedule.max_running_requests,
         prefill_tokens=chunk if chunk and chunk > 0 else None,
+        by_mass=POLICIES[config.policy].by_mass,
     )
     install(Runtime(config, geometry, sizes))
     return dataclasses.replace(stock, max_total_num_tokens=sizes.tokens)
@@ -69,7 +71,10 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         policy=POLICIES[config.policy](),
         recent_tokens=config.recent_tokens,
         device=self.device,
+        policy_interval=config.policy_interval,
     )
+    if runtime.store.mass and get_parallel().attn_tp_size > 1:
+        runtime.store.mass.heat.reduce = attn_tp_all_reduce
     # CUDA graphs are captured before there is a calibration; its parameters come to the placeholder's addresses.
     runtime.store.codec = placeholder(get_recipe(config.recipe), geometry, self.device)
     return OscarKVPool(

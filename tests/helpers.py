@@ -44,10 +44,11 @@ def make_store(
     recipe: str = "tck",
     geometry: Geometry = GEOMETRY,
     device: str = "cpu",
+    policy_interval: int = 64,
 ) -> KVStore:
     """A store with a codec, ready to serve."""
     layout = get_recipe(recipe).layout(geometry.head_dim)
-    store = KVStore(geometry, layout, pages, hot_pages * PAGE_BLOCKS, POLICIES[policy](), recent_tokens, device)
+    store = KVStore(geometry, layout, pages, hot_pages * PAGE_BLOCKS, POLICIES[policy](), recent_tokens, device, policy_interval)
     store.codec = make_codec(recipe, geometry, "cpu" if device == "meta" else device)
     return store
 

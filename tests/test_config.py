@@ -23,7 +23,8 @@ def test_whole_pages_of_recent_window(recent_tokens):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("policy", "magic", r"--oscar-policy magic is unknown; choose from \['none', 'random', 'window'\]"),
+        ("policy", "magic", r"--oscar-policy magic is unknown; choose from \['attention', 'none', 'random', 'window'\]"),
+        ("policy_interval", 4, "--oscar-policy-interval 4 must be above 4, the forwards that a decision takes"),
         ("recent_tokens", 0, "--oscar-recent-tokens 0 must be a multiple of the page size 32 and at least 32"),
         ("recent_tokens", 31, "--oscar-recent-tokens 31 must be"),
         ("recent_tokens", 100, "--oscar-recent-tokens 100 must be"),

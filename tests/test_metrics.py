@@ -54,6 +54,9 @@ def test_report_agrees_with_the_store(metrics):
     assert report["hot_blocks"] == {"capacity": HOT_PAGES * 16, "free": store.hot.free_blocks}
     assert report["forwards"] == 2
     assert report["demotions"] == store.residency.demotions > 0
+    assert report["demotions_by_level"] == {"0": report["demotions"], "2": 0, "4": 0, "8": 0}
+    assert report["promotions_by_level"] == {"32": 0}
+    assert "mass" not in report
     assert report["pages_sealed_without_hot_rows"] == store.residency.sealed_without_hot_rows > 0
     assert report["rows_with_nan_or_inf"] == 1
 
@@ -86,3 +89,24 @@ def test_periodic_line_has_every_level(metrics):
     used = metrics.store.hot.capacity - metrics.store.hot.free_blocks
     assert f"hot blocks {used} of {metrics.store.hot.capacity} used" in line
     assert re.search(r"\d+ demotions, 1 rows with NaN or Inf$", line)
+
+
+def test_a_policy_that_goes_by_mass_shows_it():
+    store = make_store(PAGES, HOT_PAGES, policy="attention", policy_interval=8)
+    pages = take_pages(store, 4)
+    sizes = PoolSizes(sum(store.allocated_bytes.values()), GEOMETRY.kv_elements_per_token * 2, PAGES, store.hot.capacity)
+    metrics = Metrics(OscarConfig(recipe="tck", policy="attention"), sizes, store, "made in a test")
+    assert metrics.report()["mass"] == {"covered_share": None, "pages_tracked": 0, "slots": HOT_PAGES * 4}
+    assert "attention mass" not in metrics.periodic_line()
+    assert f", attention mass {store.mass.nbytes / MIB:.1f} MiB)" in metrics.startup_lines()[1]
+    store.residency.prepare([Sequence(pages, 0, 128, False)])
+    store.residency.demote(int(pages[1]), 4)
+    table = store.mass.table
+    table.values[:, table.slots[pages[:2]]] = 1.0
+    store.mass.heat.send(store.hot.row_masks)
+    store.mass.heat.receive()
+    report = metrics.report()
+    assert report["mass"] == {"covered_share": pytest.approx((32 + 4) / 64), "pages_tracked": 4, "slots": HOT_PAGES * 4}
+    assert report["demotions_by_level"]["4"] == 1
+    assert json.loads(json.dumps(report)) == report
+    assert re.search(r", 56\.2 % of the attention mass on hot rows, 1 demotions, 0 rows with NaN or Inf$", metrics.periodic_line())

@@ -8,6 +8,9 @@ import torch
 LEVELS = (0, 2, 4, 8, 32)
 """Hot int8 rows that each page holds per (layer, KV head). 32 is the whole page, 0 the 2-bit record alone."""
 
+LAG = 4
+"""Forwards from the sums of mass that a decision goes by to the decision: long enough for their copy, so that nobody waits."""
+
 
 class Policy(ABC):
     """Decides levels of sealed pages outside the recent windows, the sinks and the continuation points.
@@ -18,6 +21,9 @@ class Policy(ABC):
     """
 
     name: str
+
+    by_mass = False
+    """Whether levels and rows follow attention mass, which costs a table of it. Such a policy has `levels`."""
 
     @abstractmethod
     def settle(self, pages: np.ndarray) -> int:
@@ -40,6 +46,14 @@ class Policy(ABC):
             NotImplementedError: by policies that never settle on a level between 0 and 32.
         """
         raise NotImplementedError(f"policy {self.name} keeps whole pages or none; it never chooses {level} rows of a page")
+
+    def levels(self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int = 0) -> np.ndarray:
+        """Levels of pages that share a budget, by their attention mass; see AttentionPolicy.
+
+        Raises:
+            NotImplementedError: by policies that do not go by mass.
+        """
+        raise NotImplementedError(f"policy {self.name} does not go by attention mass")
 
     def demotion_order(self, pages: np.ndarray, last_use: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Order in which settled pages give up their hot rows under pressure: least recently read first, then the

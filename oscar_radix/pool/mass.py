@@ -29,6 +29,9 @@ class MassTable:
         self.values = torch.zeros(geometry.layers, slots, geometry.kv_heads, PAGE_TOKENS, dtype=torch.float32, device=device)
         self.visits = torch.zeros(slots, PAGE_TOKENS, dtype=torch.float32, device=device)
         self.slots = np.full(pages, -1, dtype=np.int32)
+        self.given = np.zeros(slots, dtype=np.int64)
+        """For each slot, how many had been given when it was given last: tells two holders of a slot apart."""
+        self.total_given = 0
         self.device_slots = torch.from_numpy(self.slots).to(device)
         self._free = list(range(slots - 1, -1, -1))
         self._changed: set[int] = set()
@@ -55,6 +58,8 @@ class MassTable:
         if len(new):
             taken = [self._free.pop() for _ in range(len(new))]
             self.slots[new] = taken
+            self.given[taken] = self.total_given + 1 + np.arange(len(new))
+            self.total_given += len(new)
             index = self._upload(np.array(taken))
             self.values[:, index] = 0.0
             self.visits[index] = 0.0
@@ -109,6 +114,28 @@ class MassTable:
         slots, held = self._held(pages)
         return torch.where(held, self.values[:, slots].sum(dim=(0, 2, 3)), 0.0)
 
+    def slot_mass(self) -> torch.Tensor:
+        """Mass of every slot over all layers and heads, on the device without the host: float32 [slots]; a free slot's means nothing."""
+        return self.values.sum(dim=(0, 2, 3))
+
+    def covered_mass(self, row_masks: torch.Tensor) -> torch.Tensor:
+        """How much of the tracked pages' mass lies on tokens that are hot.
+
+        Args:
+            row_masks: int32 [layers, pages, Hkv], bit i: token i is hot.
+
+        Returns:
+            float32 [1] on the device.
+        """
+        pages = np.flatnonzero(self.slots >= 0)
+        index, slots = self._upload(pages), self._upload(self.slots[pages].astype(np.int64))
+        bits = torch.arange(PAGE_TOKENS, dtype=torch.int32, device=self.device)
+        covered = torch.zeros(1, device=self.device)
+        for layer in range(len(self.values)):  # a layer at a time: the whole is as large as the table
+            hot = (row_masks[layer, index][..., None] >> bits) & 1
+            covered += (self.values[layer, slots] * hot).sum()
+        return covered
+
     def _held(self, pages: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         slots = self._upload(self.slots[pages].astype(np.int64))
         return slots.clamp(min=0), slots >= 0
@@ -117,13 +144,18 @@ class MassTable:
 
     @staticmethod
     def slot_bytes(geometry: Geometry) -> int:
-        """Bytes of one slot: mass of all layers and heads, visits."""
-        return (geometry.layers * geometry.kv_heads + 1) * PAGE_TOKENS * 4
+        """Bytes of one slot: mass of all layers and heads, visits, when it was given."""
+        return (geometry.layers * geometry.kv_heads + 1) * PAGE_TOKENS * 4 + 8
+
+    @staticmethod
+    def bytes_per_page() -> int:
+        """Bytes of a page's entry in the table of slots."""
+        return 4
 
     @property
     def nbytes(self) -> int:
-        """Bytes of mass, visits and the slot of every page."""
-        return self.values.nbytes + self.visits.nbytes + self.device_slots.nbytes
+        """Bytes of mass, visits and the tables of slots."""
+        return self.values.nbytes + self.visits.nbytes + self.given.nbytes + self.device_slots.nbytes
 
     def check_integrity(self) -> None:
         """Every slot is free or one page's.

@@ -1,21 +1,44 @@
 """Which pages hold hot rows: decided on the host once a forward, before its kernels run."""
 
 import numpy as np
+import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import Policy
 from oscar_radix.pool.decode_marks import DecodeMarks
-from oscar_radix.pool.hot_pool import HotPool
+from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.mass_levels import MassLevels, MassParts
 from oscar_radix.pool.pages import PageTable
 from oscar_radix.pool.request_pages import DecodeStep
-from oscar_radix.pool.victims import SETTLED, SINK, SINK_IN_USE, Victims
+from oscar_radix.pool.victims import PREFILLING, SETTLED, SINK, SINK_IN_USE, WINDOW, Victims
 from oscar_radix.sequence import SINK_PAGES, Sequence
+
+VICTIMS_AT_ONCE = 8
+"""Pages of prompts in progress that are lowered in one launch."""
 
 
 class Residency:
-    """Marks windows, lets the policy settle what left them, and finds blocks for what enters them."""
+    """Marks windows, lets the policy settle what left them, and finds blocks for what enters them.
 
-    def __init__(self, geometry: Geometry, table: PageTable, hot: HotPool, policy: Policy, recent_tokens: int):
+    Args:
+        geometry: attention shape of this rank.
+        table, hot: pages and hot pool.
+        policy: settles pages that leave every window.
+        recent_tokens: W.
+        mass: attention mass of pages, for a policy that goes by it.
+        interval: forwards between two decisions of such a policy.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        table: PageTable,
+        hot: HotPool,
+        policy: Policy,
+        recent_tokens: int,
+        mass: MassParts | None = None,
+        interval: int = 64,
+    ):
         self.geometry = geometry
         self.table = table
         self.hot = hot
@@ -23,8 +46,11 @@ class Residency:
         self.recent_tokens = recent_tokens
         self.marks = DecodeMarks(table, recent_tokens)
         self.now = 0
-        self.demotions = 0
+        self.demoted_to = np.zeros(PAGE_TOKENS, dtype=np.int64)
+        """Pages that fell to each level, by the level."""
+        self.by_mass = MassLevels(hot, mass, policy, interval, self.demoted_to) if mass else None
         self.sealed_without_hot_rows = 0
+        self._acquired: list[int] = []
 
     def prepare(self, sequences: list[Sequence]) -> None:
         """Bring the hot pool to the state that this forward reads and writes.
@@ -32,7 +58,7 @@ class Residency:
         Raises:
             RuntimeError: when not even the partial last pages of the sequences fit; the pool is sized so that they do.
         """
-        self.now += 1
+        self._begin()
         self.marks.forget()
         self._mark(sequences)
         self._settle()
@@ -44,7 +70,7 @@ class Residency:
         # Only now: a page whose record is not written yet must not be anybody's victim.
         for sequence in sequences:
             self.table.sealed[sequence.completed] = True
-        self.hot.sync_tables()
+        self._end()
 
     def prepare_decode(self, step: DecodeStep) -> None:
         """`prepare` for the sequences of a decode step; cheap where nothing but their lengths has changed since the last step.
@@ -52,7 +78,7 @@ class Residency:
         Raises:
             RuntimeError: as `prepare`.
         """
-        self.now += 1
+        self._begin()
         self._settle(self.marks.mark(step, self.now))
         victims = self._victims()
         newest = step.requests.pages[step.rows, (step.lengths - 1) // PAGE_TOKENS]
@@ -60,7 +86,18 @@ class Residency:
         self._fill(newest[~full], victims, len(newest))
         self._complete(newest[full], victims)
         self.table.sealed[newest[full]] = True
+        self._end()
+
+    def _begin(self) -> None:
+        self.now += 1
+        if self.by_mass:
+            self.by_mass.observe(self.now)
+
+    def _end(self) -> None:
         self.hot.sync_tables()
+        if self.by_mass and self._acquired:
+            self.by_mass.track(np.array(self._acquired, dtype=np.int64))
+        self._acquired.clear()
 
     def _fill(self, pages: np.ndarray, victims: Victims, sequences: int) -> None:
         """Find blocks for pages that stay partial, at any price."""
@@ -72,9 +109,12 @@ class Residency:
                 )
 
     def _complete(self, pages: np.ndarray, victims: Victims) -> None:
-        """Find blocks for pages that become full; without them a page is sealed from its rows all the same."""
+        """Find blocks for pages that become full; without them a page is sealed from its rows all the same.
+
+        A page must have been hot once for its rows to be chosen by mass, so earlier pages of prompts make room then."""
+        lowest = PREFILLING if self.by_mass else SETTLED
         for page in pages[self.hot.levels[pages] == 0].tolist():
-            if not self._acquire(page, victims, SINK if self.table.window[page] else SETTLED):
+            if not self._acquire(page, victims, SINK if self.table.window[page] else lowest):
                 self.sealed_without_hot_rows += 1
 
     def _mark(self, sequences: list[Sequence]) -> None:
@@ -109,21 +149,36 @@ class Residency:
             pages = pages[idle & ~table.window[pages] & ~table.continuation[pages] & ~table.prefilling[pages]]
         if not len(pages):
             return
-        level = self.policy.settle(pages)
-        if level == PAGE_TOKENS:
-            return
-        for page in pages.tolist():
-            self.demote(page, level)
+        if self.by_mass:
+            self.by_mass.settle(pages)
+        elif (level := self.policy.settle(pages)) < PAGE_TOKENS:
+            self._lower(pages, level)
 
     def demote(self, page: int, level: int) -> None:
         """Lower a sealed page to `level`; nothing but hot rows is lost."""
-        if level == 0:
-            self.hot.release(page)
-            self.table.continuation[page] = False
+        self._lower(np.array([page]), level)
+
+    def _lower(self, pages: np.ndarray, level: int) -> None:
+        """Lower sealed pages (int64 [N]) that hold more rows to one level, in one launch."""
+        if self.by_mass:
+            self.by_mass.lower(pages, np.full(len(pages), level))
+        elif level == 0:
+            self.demoted_to[0] += len(pages)
+            for page in pages.tolist():
+                self.hot.release(page)
         else:
-            rows = self.policy.choose_rows(page, level, self.geometry.layers, self.geometry.kv_heads, PAGE_TOKENS)
-            self.hot.shrink(page, rows.to(self.hot.device))
-        self.demotions += 1
+            self.demoted_to[level] += len(pages)
+            geometry = self.geometry
+            chosen = [self.policy.choose_rows(page, level, geometry.layers, geometry.kv_heads, PAGE_TOKENS) for page in pages.tolist()]
+            scores = torch.zeros(len(pages), geometry.layers, geometry.kv_heads, PAGE_TOKENS).scatter_(-1, torch.stack(chosen), 1.0)
+            self.hot.shrink_pages(pages, level, scores.to(self.hot.device))
+        if level == 0:
+            self.table.continuation[pages] = False
+
+    @property
+    def demotions(self) -> int:
+        """Pages that fell, to whatever level."""
+        return int(self.demoted_to.sum())
 
     def _by_need(self, pages: np.ndarray) -> np.ndarray:
         """Pages that are being filled: sinks first, then the window and then the rest, each from the newest back."""
@@ -131,12 +186,38 @@ class Residency:
         return pages[np.lexsort((-self.table.position[pages], ~window, ~sink))]
 
     def _victims(self) -> Victims:
-        return Victims(self.table, self.hot, self.policy, self.now)
+        return Victims(self.table, self.hot, self.policy, self.now, whole_pages=self.by_mass is not None)
 
     def _acquire(self, page: int, victims: Victims, highest: int) -> bool:
         while not self.hot.acquire(page):
-            victim = victims.take(highest)
-            if victim is None:
+            if not self._give_way(victims, highest):
                 return False
-            self.demote(victim, 0)
+        self._acquired.append(page)
         return True
+
+    def _give_way(self, victims: Victims, highest: int) -> bool:
+        """Take hot rows from somebody; False when nobody up to class `highest` has any."""
+        if self.by_mass:
+            return self._give_way_by_mass(self.by_mass, victims, highest)
+        victim = victims.take(highest)
+        if victim is not None:
+            self.demote(victim, 0)
+        return victim is not None
+
+    def _give_way_by_mass(self, levels: MassLevels, victims: Victims, highest: int) -> bool:
+        """Rows of settled pages go first, but a prompt in progress takes nobody's last two, and the end of a conversation that is not
+        running does not take more than a share of them. Pages that must not stay whole keep the rows that are read."""
+        if levels.make_room(PAGE_BLOCKS, last_rows=False):
+            return True
+        pages = victims.take_up_to(VICTIMS_AT_ONCE, PREFILLING)
+        if not pages and highest > PREFILLING:
+            if levels.make_room(PAGE_BLOCKS, last_rows=True, kept=levels.kept):
+                return True
+            pages = victims.take_up_to(1, WINDOW)
+            if not pages and levels.make_room(PAGE_BLOCKS, last_rows=True):
+                return True
+            pages = pages or victims.take_up_to(1, highest)
+        if pages:
+            self.table.continuation[pages] = False
+            levels.settle(np.array(pages))
+        return bool(pages)

@@ -8,7 +8,11 @@ from oscar_radix.codec.layout import RecordLayout
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import LEVELS, Policy
 from oscar_radix.pool.base_records import BaseRecords
+from oscar_radix.pool.heat import PageHeat
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool, Rows
+from oscar_radix.pool.mass import MassTable
+from oscar_radix.pool.mass_levels import DECAY, SLOT_BLOCKS
+from oscar_radix.pool.mass_parts import MassParts
 from oscar_radix.pool.pages import Owner, PageTable
 from oscar_radix.pool.request_pages import RequestPages
 from oscar_radix.pool.residency import Residency
@@ -28,6 +32,7 @@ class KVStore:
         policy: settles pages that leave every window.
         recent_tokens: W.
         device: where the buffers live.
+        policy_interval: forwards between two decisions of a policy that goes by attention mass.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class KVStore:
         policy: Policy,
         recent_tokens: int,
         device: torch.device | str,
+        policy_interval: int = 64,
     ):
         self.geometry = geometry
         self.layout = layout
@@ -48,8 +54,14 @@ class KVStore:
         self.hot = HotPool(geometry, pages + 1, hot_blocks, device)
         self.table = PageTable(pages + 1)
         self.requests = RequestPages()
-        self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens)
+        self.mass: MassParts | None = None
+        if policy.by_mass:
+            table = MassTable(geometry, pages + 1, max(1, hot_blocks // SLOT_BLOCKS), device)
+            self.mass = MassParts(table, PageHeat(table, pages + 1, DECAY))
+        self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens, self.mass, policy_interval)
         self.codec: Codec | None = None
+        self.adopted = 0
+        """Pages of the tree that became whole again by rows of a duplicate."""
         self.bad_rows = torch.zeros(1, dtype=torch.int32, device=device)
         """Rows of K or V with NaN or Inf, over all layers and heads; counted on the device."""
         self._polled = torch.zeros(1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -78,10 +90,14 @@ class KVStore:
         for page in pages[self.hot.levels[pages] > 0].tolist():
             self.hot.release(page)
         self.table.forget(pages)
+        if self.mass:
+            self.mass.forget(pages)
 
     def clear(self) -> None:
         """All pages to the free list, all hot blocks too."""
         self.hot.clear()
+        if self.mass:
+            self.mass.clear()
         self.requests.clear()
         self.residency.marks.forget()
         self.table.owner.fill(Owner.FREE)
@@ -101,11 +117,14 @@ class KVStore:
             if self.hot.levels[original]:
                 self.hot.release(original)
             self.hot.move(duplicate, original)
+            if self.mass:
+                self.mass.take_over(duplicate, original)
             self.table.window[original] = self.table.window[duplicate]
             self.table.prefilling[original] |= self.table.prefilling[duplicate]
             self.table.last_use[original] = self.table.last_use[duplicate]
         if wanted.any():
             self.residency.marks.forget()
+        self.adopted += int(wanted.sum())
         return int(wanted.sum())
 
     def set_continuation_points(self, pages: np.ndarray, ends: list[int], recent_pages: int) -> None:
@@ -152,14 +171,15 @@ class KVStore:
 
     @property
     def allocated_bytes(self) -> dict[str, int]:
-        """Bytes by what they hold. Host tables count too: they exist per page."""
-        return {
+        """Bytes by what they hold, `mass` only where a policy goes by it. Host tables count too: they exist per page."""
+        held = {
             "codes": self.base.code_bytes,
             "scales": self.base.scale_bytes,
             "hot_pool": self.hot.row_bytes,
             "tables": self.hot.table_bytes + self.table.nbytes,
             "codec_parameters": self.codec.parameter_bytes if self.codec else 0,
         }
+        return {**held, "mass": self.mass.nbytes} if self.mass else held
 
     @property
     def effective_bits(self) -> float:
@@ -189,7 +209,7 @@ class KVStore:
             tree_pages: int64, pages of all radix nodes.
 
         Raises:
-            RuntimeError: naming the first page or block that has not exactly one owner, or a byte count that is off.
+            RuntimeError: naming the first page, block or mass slot that has not exactly one owner, or a byte count that is off.
         """
         self.hot.check_integrity()
         for name, listed, owner in (("free list", free_pages, Owner.FREE), ("tree", tree_pages, Owner.TREE)):
@@ -208,6 +228,8 @@ class KVStore:
         fresh = (self.table.owner == Owner.REQUEST) & ~self.table.sealed
         if (self.hot.levels[fresh] % PAGE_TOKENS).any():
             raise RuntimeError("a fresh page holds part of its int8 rows")
+        if self.mass:
+            self.mass.check_integrity(self.hot.levels)
         used = sum(entry["bytes"] for entry in self.usage_by_level().values())
         owned = int((self.table.owner != Owner.FREE).sum())
         blocks = self.hot.capacity - self.hot.free_blocks

@@ -25,7 +25,7 @@ class TreeMachine(RuleBasedStateMachine):
     @initialize(
         pages=st.integers(10, 48),
         hot_pages=st.integers(4, 24),
-        policy=st.sampled_from(["window", "none", "random"]),
+        policy=st.sampled_from(["window", "none", "random", "attention"]),
         recent_pages=st.integers(1, 3),
         eviction_policy=st.sampled_from(["lru", "lfu"]),
     )

@@ -34,7 +34,7 @@ def test_the_whole_conversation_is_cached_generated_tokens_too():
     assert serve(server, [*answered(first, 40), 1, 2, 3], answer=5) == written // PAGE_TOKENS * PAGE_TOKENS
 
 
-@pytest.mark.parametrize("policy", ["window", "none", "random"])
+@pytest.mark.parametrize("policy", ["window", "none", "random", "attention"])
 @pytest.mark.parametrize("chunk", [1, 17, 32, 50, 64, 100, 288])
 def test_a_hit_does_not_depend_on_how_the_prompt_was_chunked(chunk, policy):
     prompt = tokens_of([1, 2, 3, 4, 5, 6, 7, 8, 9])

@@ -4,21 +4,28 @@ import numpy as np
 import pytest
 import torch
 
-from oscar_radix.policy import LEVELS, POLICIES, NonePolicy, RandomPolicy, WindowPolicy
+from oscar_radix.policy import LEVELS, POLICIES, AttentionPolicy, NonePolicy, RandomPolicy, WindowPolicy
 
 PAGES = np.array([5, 9, 2])
 
 
 def test_policies_by_name():
-    assert sorted(POLICIES) == ["none", "random", "window"]
+    assert sorted(POLICIES) == ["attention", "none", "random", "window"]
     for name, policy in POLICIES.items():
         assert policy.name == name
 
 
-@pytest.mark.parametrize(("policy", "level"), [(WindowPolicy, 32), (NonePolicy, 0), (RandomPolicy, 2)])
+@pytest.mark.parametrize(("policy", "level"), [(WindowPolicy, 32), (NonePolicy, 0), (RandomPolicy, 2), (AttentionPolicy, 8)])
 def test_level_of_pages_that_no_window_needs(policy, level):
     assert policy().settle(PAGES) == level
     assert level in LEVELS
+
+
+@pytest.mark.parametrize("policy", [WindowPolicy, NonePolicy, RandomPolicy])
+def test_only_one_policy_goes_by_mass(policy):
+    assert not policy.by_mass
+    with pytest.raises(NotImplementedError, match=f"policy {policy.name} does not go by attention mass"):
+        policy().levels(PAGES, np.ones(3), 10)
 
 
 @pytest.mark.parametrize("policy", [WindowPolicy, NonePolicy])

@@ -11,9 +11,11 @@ from oscar_radix.codec import DEFAULT_RECIPE, RECIPES, get_recipe
 from oscar_radix.codec.parameters import parameter_bytes
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
-from oscar_radix.policy import WindowPolicy
+from oscar_radix.policy import POLICIES
 from oscar_radix.pool.base_records import BaseRecords
+from oscar_radix.pool.heat import PageHeat
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.pages import PageTable
 from oscar_radix.pool.store import KVStore
 from tests.helpers import make_codec
@@ -22,14 +24,18 @@ SMALL = Geometry(layers=2, kv_heads=3, query_heads=6, head_dim=64)
 MIB = 2**20
 
 
-def split(budget: int, geometry: Geometry = SMALL, recipe: str = DEFAULT_RECIPE, hot_fraction: float = 0.12, **load: int) -> PoolSizes:
+def split(
+    budget: int, geometry: Geometry = SMALL, recipe: str = DEFAULT_RECIPE, hot_fraction: float = 0.12, by_mass: bool = False, **load: int
+) -> PoolSizes:
     chosen = get_recipe(recipe)
     load = {"running_requests": None, "prefill_tokens": None, **load}
-    return split_budget(budget, geometry, chosen.layout(geometry.head_dim), hot_fraction, parameter_bytes(chosen, geometry), **load)
+    layout, parameters = chosen.layout(geometry.head_dim), parameter_bytes(chosen, geometry)
+    return split_budget(budget, geometry, layout, hot_fraction, parameters, **load, by_mass=by_mass)
 
 
-def store_of(sizes: PoolSizes, geometry: Geometry, recipe: str) -> KVStore:
-    store = KVStore(geometry, get_recipe(recipe).layout(geometry.head_dim), sizes.pages, sizes.hot_blocks, WindowPolicy(), 64, "cpu")
+def store_of(sizes: PoolSizes, geometry: Geometry, recipe: str, policy: str = "window") -> KVStore:
+    layout = get_recipe(recipe).layout(geometry.head_dim)
+    store = KVStore(geometry, layout, sizes.pages, sizes.hot_blocks, POLICIES[policy](), 64, "cpu")
     store.codec = make_codec(recipe, geometry)
     return store
 
@@ -48,6 +54,20 @@ def test_allocated_bytes_fit_and_leave_less_than_a_page(budget, recipe, hot_frac
     assert used <= budget < used + page
     assert held["hot_pool"] == sizes.hot_blocks * HotPool.block_bytes(SMALL)
     assert held["codes"] + held["scales"] == (sizes.pages + 1) * BaseRecords.page_bytes(SMALL, layout)
+
+
+@settings(max_examples=20, deadline=None)
+@given(budget=st.integers(2 * MIB, 12 * MIB), hot_fraction=st.floats(0.05, 0.5))
+def test_the_mass_table_is_paid_for_by_the_hot_pools_share(budget, hot_fraction):
+    """Its slots within that share, its entries for pages like other tables; a few bytes of rounding for each hot block."""
+    sizes = split(budget, hot_fraction=hot_fraction, by_mass=True)
+    held = store_of(sizes, SMALL, DEFAULT_RECIPE, "attention").allocated_bytes
+    entries = (sizes.pages + 1) * (MassTable.bytes_per_page() + PageHeat.bytes_per_page())
+    assert held["hot_pool"] + held["mass"] - entries <= hot_fraction * budget
+    page = (held["codes"] + held["scales"] + held["tables"] + entries) / (sizes.pages + 1)
+    rounding = 2 * HotPool.block_bytes(SMALL) + MassTable.slot_bytes(SMALL) + sizes.hot_blocks
+    assert budget - page - rounding <= sum(held.values()) <= budget
+    assert sizes.pages - split(budget, hot_fraction=hot_fraction).pages in (0, -1)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))

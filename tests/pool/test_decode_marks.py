@@ -74,7 +74,7 @@ class Twins:
 @given(
     data=st.data(),
     hot_pages=st.integers(8, 40),
-    policy=st.sampled_from(["none", "window", "random"]),
+    policy=st.sampled_from(["none", "window", "random", "attention"]),
     recent_pages=st.integers(1, 3),
 )
 def test_twins_stay_alike(data, hot_pages, policy, recent_pages):

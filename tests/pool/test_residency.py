@@ -270,7 +270,7 @@ def test_pages_are_sealed_when_their_last_token_is_written():
     assert driver.store.table.sealed[a.pages].tolist() == [True, True, False, False]
 
 
-@pytest.mark.parametrize("policy", ["window", "none", "random"])
+@pytest.mark.parametrize("policy", ["window", "none", "random", "attention"])
 def test_demotions_are_counted(policy):
     driver = Driver(hot_pages=6, policy=policy)
     a = driver.sequence(640)

@@ -76,6 +76,17 @@ def test_allocated_bytes_are_the_tensors(store):
     }
 
 
+def test_the_mass_table_is_counted():
+    store = make_store(pages=10, hot_pages=8, policy="attention")
+    table, heat = store.mass.table, store.mass.heat
+    tensors = (table.values, table.visits, table.given, table.slots, heat.values)
+    assert store.allocated_bytes["mass"] == sum(tensor.nbytes for tensor in tensors)
+    assert table.capacity == 8 * PAGE_BLOCKS // 4
+    without = make_store(pages=10, hot_pages=8)
+    assert "mass" not in without.allocated_bytes
+    assert store.effective_bits > without.effective_bits
+
+
 def test_effective_bits_count_every_allocated_byte(store):
     elements = 10 * PAGE_TOKENS * GEOMETRY.layers * GEOMETRY.kv_heads * GEOMETRY.head_dim * 2
     assert store.effective_bits == sum(store.allocated_bytes.values()) * 8 / elements

@@ -1,0 +1,120 @@
+"""Levels of settled pages by their attention mass: what the `attention` policy decides, done to the hot pool."""
+
+import numpy as np
+
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.policy.base import LAG, Policy
+from oscar_radix.pool.hot_pool import BLOCK_ROWS, PAGE_BLOCKS, HotPool
+from oscar_radix.pool.mass_parts import MassParts
+
+SLOT_BLOCKS = 4
+"""Hot blocks for each slot of the mass table: every page that holds 8 rows can be tracked."""
+
+DECAY = 0.9
+"""What is left of all mass from one decision to the next."""
+
+SLACK_SHARE, SETTLED_SHARE = 8, 4
+"""Parts of the pool that are kept free, so that fresh pages and prompts find room without a launch each; and that settled rows keep
+when the ends of conversations that are not running ask for more."""
+
+PAGES_AT_ONCE = 1024
+"""Pages whose scores are gathered in one piece: 32 MiB at 32 layers of 8 heads."""
+
+
+class MassLevels:
+    """Lowers pages; nothing here raises one, since there is nowhere to take rows from.
+
+    Args:
+        hot: the hot pool.
+        parts: mass of pages.
+        policy: says levels.
+        interval: forwards from one decision to the next.
+        demoted_to: int64 [32], counts pages by the level to which they fell.
+    """
+
+    def __init__(self, hot: HotPool, parts: MassParts, policy: Policy, interval: int, demoted_to: np.ndarray):
+        if interval <= LAG:
+            raise ValueError(f"{interval} forwards between two decisions are too few: the mass of pages takes {LAG} to arrive")
+        self.hot, self.mass, self.heat, self.policy, self.interval = hot, parts.table, parts.heat, policy, interval
+        self.slack = max(PAGE_BLOCKS, hot.capacity // SLACK_SHARE)
+        self.kept = hot.capacity // SETTLED_SHARE
+        self.demoted_to = demoted_to
+
+    def observe(self, now: int) -> None:
+        """Once a forward, before its changes: at fixed counts, sum up what was read and decide by it."""
+        if now % self.interval == 0:
+            self.heat.send(self.hot.row_masks)
+            self.mass.decay(DECAY)
+        elif now % self.interval == LAG and self.heat.receive():
+            self.make_room(self.slack, last_rows=True, kept=self.kept)
+
+    def track(self, pages: np.ndarray) -> None:
+        """Pages that have become whole get slots; where there are none left, those of the coldest settled pages, fewest rows first."""
+        missing = np.count_nonzero(self.mass.slots[pages] < 0) - self.mass.free_slots
+        if missing > 0:
+            holders = np.flatnonzero((self.mass.slots >= 0) & (self.hot.levels < PAGE_TOKENS))
+            order = np.lexsort((holders, self._known(holders), self.hot.levels[holders] > BLOCK_ROWS))
+            self.mass.drop(holders[order[:missing]])
+        self.mass.track(pages)
+
+    def settle(self, pages: np.ndarray) -> None:
+        """Whole pages (int64 [N]) that need not be whole: at the highest level while there is room, else all partial pages compete."""
+        held = self.hot.levels[pages].astype(np.int64)
+        # Rows of a page that nobody has watched are any rows.
+        tracked = self.mass.slots[pages] >= 0
+        highest = self.policy.settle(pages)
+        freed = int(held.sum() - np.count_nonzero(tracked) * highest) // BLOCK_ROWS
+        if self.hot.free_blocks + freed >= self.slack:
+            self.lower(pages, np.where(tracked, highest, 0))
+            return
+        rivals = self._partial()
+        all_pages = np.concatenate([rivals, pages[tracked]])
+        levels = self.hot.levels[all_pages].astype(np.int64)
+        owned = (int(self.hot.levels[rivals].sum()) + int(held.sum())) // BLOCK_ROWS
+        blocks = max(self.hot.free_blocks + owned - self.slack, min(owned, self.kept))
+        self.lower(pages[~tracked], np.zeros(np.count_nonzero(~tracked), dtype=np.int64))
+        self.lower(all_pages, self.policy.levels(levels, self.heat.values[all_pages], blocks))
+
+    def make_room(self, wanted: int, last_rows: bool, kept: int = 0) -> bool:
+        """Let partial pages fall, the coldest first, until `wanted` blocks are free, and some more while it is at it.
+
+        Args:
+            last_rows: whether pages may fall from 2 rows to none.
+            kept: blocks that all of them keep together.
+
+        Returns:
+            Whether `wanted` blocks are free now.
+        """
+        hot = self.hot
+        if hot.free_blocks >= wanted:
+            return True
+        pages = self._partial()
+        held = hot.levels[pages].astype(np.int64)
+        blocks = int(held.sum()) // BLOCK_ROWS
+        least = kept if last_rows else max(kept, len(pages))
+        left = max(blocks - (max(wanted, self.slack) - hot.free_blocks), least, 0)
+        if left < blocks:
+            self.lower(pages, self.policy.levels(held, self.heat.values[pages], left, 0 if last_rows else BLOCK_ROWS))
+        return hot.free_blocks >= wanted
+
+    def lower(self, pages: np.ndarray, levels: np.ndarray) -> None:
+        """Bring pages to levels (int64 [N] each) that are not above their own: one launch for each level, not for each page."""
+        changed = levels < self.hot.levels[pages]
+        pages, levels = pages[changed], levels[changed]
+        for level in np.unique(levels).tolist():
+            group = pages[levels == level]
+            self.demoted_to[level] += len(group)
+            if level == 0:
+                for page in group.tolist():
+                    self.hot.release(page)
+                self.mass.drop(group)
+                continue
+            for part in np.split(group, range(PAGES_AT_ONCE, len(group), PAGES_AT_ONCE)):
+                self.hot.shrink_pages(part, level, self.mass.row_scores(part))
+
+    def _partial(self) -> np.ndarray:
+        return np.flatnonzero((self.hot.levels > 0) & (self.hot.levels < PAGE_TOKENS))
+
+    def _known(self, pages: np.ndarray) -> np.ndarray:
+        """Known mass; pages of which nothing is known count as hottest."""
+        return np.nan_to_num(self.heat.values[pages], nan=np.inf)

@@ -1,0 +1,54 @@
+"""Attention mass of pages as a store holds it: the table on the device, and what the host knows of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from oscar_radix.pool.heat import PageHeat
+from oscar_radix.pool.mass import MassTable
+
+
+@dataclass(frozen=True)
+class MassParts:
+    """Both follow the pages: whoever frees, empties or moves one says so here."""
+
+    table: MassTable
+    heat: PageHeat
+
+    def forget(self, pages: np.ndarray) -> None:
+        """`pages` (int64 [N]) are freed."""
+        self.table.drop(pages)
+        self.heat.forget(pages)
+
+    def clear(self) -> None:
+        """All pages are freed."""
+        self.table.clear()
+        self.heat.clear()
+
+    def take_over(self, duplicate: int, original: int) -> None:
+        """`original` has the rows of `duplicate` now, the same tokens. The mass of an original that is watched is that of all its
+        readers, and stays."""
+        if self.table.slots[original] < 0:
+            self.table.move(duplicate, original)
+        else:
+            self.table.drop(np.array([duplicate]))
+        self.heat.move(duplicate, original)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self.table.nbytes + self.heat.nbytes
+
+    def check_integrity(self, levels: np.ndarray) -> None:
+        """Every slot is free or one page's, and that page holds hot rows.
+
+        Args:
+            levels: uint8 [pages].
+
+        Raises:
+            RuntimeError: naming the first slots or the first page for which it is not so.
+        """
+        self.table.check_integrity()
+        cold = np.flatnonzero((self.table.slots >= 0) & (levels == 0))
+        if len(cold):
+            raise RuntimeError(f"{len(cold)} pages without hot rows hold mass slots; first: page {cold[0]}")

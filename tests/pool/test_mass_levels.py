@@ -1,0 +1,278 @@
+"""Levels by attention mass in a store: the pool's budget holds, rows only go, two ranks decide alike, and the right rows stay."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.policy import LEVELS
+from oscar_radix.policy.base import LAG
+from oscar_radix.pool.pages import Owner
+from oscar_radix.pool.store import KVStore
+from oscar_radix.sequence import Sequence
+from tests.helpers import GEOMETRY, make_store, page_count
+from tests.mini_server import TINY
+
+RECENT = 64
+
+
+class Driver:
+    """Conversations in a store whose forwards are prepared but not run; mass is put into the table by hand."""
+
+    def __init__(self, hot_pages: int, interval: int = 8, pages: int = 200, geometry=TINY):
+        self.store: KVStore = make_store(pages, hot_pages, "attention", RECENT, geometry=geometry, policy_interval=interval)
+        self.table = self.store.mass.table
+
+    def begin(self, tokens: int) -> np.ndarray:
+        """Prefill in one forward, on the lowest free pages, and end the prompt."""
+        pages = (np.flatnonzero(self.store.table.owner[1:] == Owner.FREE) + 1)[: page_count(tokens)]
+        self.store.allocate(pages)
+        self.store.residency.prepare([Sequence(pages, 0, tokens, False)])
+        self.store.end_prefill(pages)
+        return pages
+
+    def leave(self, pages: np.ndarray) -> None:
+        """No window holds these pages any more."""
+        self.store.table.window[pages] = False
+        self.store.residency.marks.forget()
+
+    def step(self, forwards: int = 1) -> None:
+        """Decode steps of a conversation of one page that nobody counts."""
+        if not hasattr(self, "own"):
+            self.own = self.begin(1)
+        for _ in range(forwards):
+            self.store.residency.prepare([Sequence(self.own, 1, 2, True)])
+
+    def add_mass(self, page: int, mass: float) -> None:
+        """Spread evenly over a page's tokens, seen by one query each."""
+        slot = self.table.slots[page]
+        assert slot >= 0
+        geometry = self.store.geometry
+        self.table.values[:, slot] += mass / (geometry.layers * geometry.kv_heads * PAGE_TOKENS)
+        self.table.visits[slot] += 1
+
+    def check(self) -> None:
+        owner = self.store.table.owner
+        free, tree = (np.flatnonzero(owner[1:] == value) + 1 for value in (Owner.FREE, Owner.TREE))
+        self.store.check_integrity(free, tree)
+
+    def levels(self, pages: np.ndarray) -> list[int]:
+        return self.store.hot.levels[pages].tolist()
+
+
+def test_with_room_pages_settle_at_eight():
+    driver = Driver(hot_pages=40)
+    a = driver.begin(320)
+    driver.step()
+    assert driver.levels(a) == [32, 32, 8, 8, 8, 8, 8, 8, 32, 32], "sinks and the last 64 tokens stay whole"
+    assert (driver.table.slots[a] >= 0).all()
+    driver.check()
+
+
+def test_pages_without_a_slot_settle_at_nothing():
+    driver = Driver(hot_pages=40)
+    a = driver.begin(320)
+    driver.table.drop(a[3:5])
+    driver.step()
+    assert driver.levels(a[2:6]) == [8, 0, 0, 8]
+
+
+def test_the_coldest_fall_first_when_the_pool_runs_short():
+    """Pages whose mass the host knows, in a pool that a long prompt fills."""
+    driver = Driver(hot_pages=16, interval=8)
+    a = driver.begin(14 * PAGE_TOKENS)
+    for rank, page in enumerate(a.tolist()):
+        driver.add_mass(page, 100.0 - rank)
+    driver.step(8 + LAG)
+    assert (driver.store.mass.heat.values[a] > 0).all()
+    driver.leave(a)
+    driver.step()
+    assert all(level >= 2 for level in driver.levels(a))
+    before = driver.levels(a)
+    driver.begin(13 * PAGE_TOKENS)
+    after = driver.levels(a)
+    assert after != before
+    assert after == sorted(after, reverse=True), "mass falls with the index"
+    driver.check()
+
+
+def test_the_rows_of_largest_mass_stay_in_every_head():
+    driver = Driver(hot_pages=20, geometry=GEOMETRY)
+    a = driver.begin(320)
+    page, table = int(a[4]), driver.table
+    generator = torch.Generator().manual_seed(1)
+    mass = torch.rand(GEOMETRY.layers, GEOMETRY.kv_heads, PAGE_TOKENS, generator=generator)
+    visits = torch.arange(PAGE_TOKENS, 0, -1).float()
+    table.values[:, table.slots[page]], table.visits[table.slots[page]] = mass * visits, visits
+    driver.step()
+    for level in (8, 4, 2):
+        driver.store.residency.demote(page, level)
+        best = mass.topk(level).indices
+        expected = (torch.ones_like(best) << best).sum(-1).to(torch.int32)
+        assert torch.equal(driver.store.hot.row_masks[:, page], expected), f"level {level}, by mass per visit"
+
+
+def test_an_end_of_a_conversation_takes_no_more_than_a_share_of_settled_rows():
+    driver = Driver(hot_pages=16)
+    a = driver.begin(14 * PAGE_TOKENS)
+    driver.leave(a)
+    driver.step()
+    for _ in range(12):  # ends of other conversations, each of two pages
+        other = driver.begin(2 * PAGE_TOKENS)
+        driver.store.table.window[other] = False
+        driver.store.set_continuation_points(other, [2], 2)
+        driver.check()
+    assert sum(driver.levels(a)) // 2 >= len(a), "two rows of each page, less than a quarter of the pool"
+
+
+def test_partial_pages_never_fail():
+    """Everything gives way to unsealed pages, the last two rows too."""
+    driver = Driver(hot_pages=8)
+    a = driver.begin(8 * PAGE_TOKENS)
+    driver.leave(a)
+    driver.step()
+    for _ in range(7):
+        driver.begin(20)
+        driver.check()
+    assert driver.levels(a) == [0] * 8
+    with pytest.raises(RuntimeError, match="full of unsealed pages"):
+        driver.begin(20)
+
+
+def test_mass_arrives_at_fixed_forwards_and_decays():
+    driver = Driver(hot_pages=40, interval=8)
+    a = driver.begin(160)
+    driver.add_mass(int(a[2]), 5.0)
+    heat = driver.store.mass.heat
+    while driver.store.residency.now < 8 + LAG - 1:
+        assert np.isnan(heat.values[a]).all()
+        driver.step()
+    driver.step()
+    assert heat.values[a[2]] == pytest.approx(5.0)
+    assert heat.values[a[3]] == 0.0
+    assert heat.covered_share == pytest.approx(8 / 32 if driver.levels(a)[2] == 8 else 1.0)
+    driver.step(8)
+    assert heat.values[a[2]] == pytest.approx(4.5)
+
+
+def test_a_page_that_is_used_again_has_none_of_the_mass_that_is_under_way():
+    driver = Driver(hot_pages=40, interval=8)
+    a = driver.begin(160)
+    for page in a.tolist():
+        driver.add_mass(page, 7.0)
+    driver.step(8 - driver.store.residency.now)
+    driver.store.free(a)
+    b = driver.begin(160)
+    assert np.array_equal(a, b)
+    driver.step(LAG)
+    assert np.isnan(driver.store.mass.heat.values[b]).all()
+    assert not driver.table.page_mass(b).any()
+
+
+def test_too_few_slots_go_to_whole_pages_and_those_of_most_rows():
+    driver = Driver(hot_pages=8)  # 32 slots
+    first = driver.begin(5 * PAGE_TOKENS)
+    driver.leave(first)
+    driver.step()
+    for page in first.tolist():
+        driver.store.residency.demote(page, 2)
+    driver.table._free = driver.table._free[:1]  # as if other pages held them
+    b = driver.begin(3 * PAGE_TOKENS)
+    assert (driver.table.slots[b] >= 0).all()
+    assert np.count_nonzero(driver.table.slots[first] < 0) == 2
+
+
+def test_a_duplicate_brings_its_mass_only_where_there_was_none():
+    driver = Driver(hot_pages=40)
+    a, b = driver.begin(128), driver.begin(128)
+    for page, mass in ((a[0], 1.0), (a[1], 2.0), (b[0], 3.0), (b[1], 4.0)):
+        driver.add_mass(int(page), mass)
+    driver.store.residency.demote(int(a[0]), 0)
+    driver.store.residency.demote(int(a[1]), 2)
+    assert driver.store.adopt_hot_rows(b[:2], a[:2]) == 2
+    assert driver.table.page_mass(a[:2]).tolist() == pytest.approx([3.0, 2.0])
+    assert (driver.table.slots[b[:2]] < 0).all()
+
+
+def test_integrity_sees_a_slot_of_a_page_without_rows():
+    driver = Driver(hot_pages=40)
+    a = driver.begin(128)
+    driver.store.hot.release(int(a[1]))
+    with pytest.raises(RuntimeError, match=f"1 pages without hot rows hold mass slots; first: page {a[1]}"):
+        driver.check()
+
+
+def test_decisions_need_time():
+    with pytest.raises(ValueError, match="4 forwards between two decisions are too few"):
+        Driver(hot_pages=8, interval=4)
+
+
+# Properties ----------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Two ranks with their own heads' mass, which add up page by page before they decide."""
+
+    def __init__(self, hot_pages: int, interval: int):
+        self.ranks = [Driver(hot_pages, interval) for _ in range(2)]
+        self._sums: dict[int, torch.Tensor] = {}
+        for rank in self.ranks:
+            rank.store.mass.heat.reduce = self.reduce
+
+    def reduce(self, own: torch.Tensor) -> torch.Tensor:
+        """What all-reduce gives: both ranks' sums, as they are when the first of them asks."""
+        now = max(rank.store.residency.now for rank in self.ranks)
+        if now not in self._sums:
+            tables = [(rank.table, rank.store.hot) for rank in self.ranks]
+            self._sums = {now: sum(torch.cat([table.slot_mass(), table.covered_mass(hot.row_masks)]) for table, hot in tables)}
+        return self._sums[now].clone()
+
+    def both(self, act) -> np.ndarray:
+        """Do the same on both, one forward at most."""
+        result, _ = (act(rank) for rank in self.ranks)
+        return result
+
+    def add_mass(self, seed: int) -> None:
+        """Different on each rank."""
+        generator = np.random.default_rng(seed)
+        for rank in self.ranks:
+            for page in np.flatnonzero(rank.table.slots >= 0).tolist():
+                rank.add_mass(page, float(generator.exponential()))
+
+
+@settings(max_examples=40)
+@given(data=st.data(), hot_pages=st.integers(6, 30), interval=st.integers(LAG + 1, 12))
+def test_ranks_decide_alike_within_the_budget(data, hot_pages, interval):
+    ranks = Ranks(hot_pages, interval)
+    alive: list[np.ndarray] = []
+    ranks.both(lambda rank: rank.step())
+    for turn in range(data.draw(st.integers(1, 15), label="turns")):
+        before = ranks.ranks[0].store.hot.levels.copy()
+        action = data.draw(st.sampled_from(["begin", "begin", "leave", "free", "mass", "steps", "steps"]), label="action")
+        fresh = np.zeros(0, dtype=np.int64)
+        if action == "begin" and sum(map(len, alive)) < 150:
+            tokens = data.draw(st.integers(1, 40), label="pages") * PAGE_TOKENS
+            fresh = ranks.both(lambda rank, tokens=tokens: rank.begin(tokens))
+            alive.append(fresh)
+        elif action == "leave" and alive:
+            pages = data.draw(st.sampled_from(alive), label="which")
+            ranks.both(lambda rank, pages=pages: rank.leave(pages))
+        elif action == "free" and alive:
+            pages = alive.pop(data.draw(st.integers(0, len(alive) - 1), label="which"))
+            ranks.both(lambda rank, pages=pages: rank.store.free(pages))
+        elif action == "mass":
+            ranks.add_mass(turn)
+        elif action == "steps":
+            for _ in range(data.draw(st.integers(1, 20), label="steps")):
+                ranks.both(lambda rank: rank.step())
+        ranks.both(lambda rank: rank.check())
+        one, other = (rank.store for rank in ranks.ranks)
+        assert np.array_equal(one.hot.block_table, other.hot.block_table)
+        assert np.array_equal(one.mass.table.slots, other.mass.table.slots)
+        assert np.array_equal(one.mass.heat.values, other.mass.heat.values, equal_nan=True)
+        assert set(np.unique(one.hot.levels)) <= set(LEVELS)
+        assert one.hot.free_blocks == one.hot.capacity - int(one.hot.levels.astype(np.int64).sum()) // 2 >= 0
+        old = np.setdiff1d(np.arange(len(before)), fresh)
+        assert (one.hot.levels[old] <= before[old]).all(), "there is nowhere to take rows from"
