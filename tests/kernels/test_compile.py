@@ -1,8 +1,11 @@
 """Every Triton kernel compiles for sm_90 and sm_80, without a GPU, and stays within the registers that its occupancy needs."""
 
+import subprocess
+
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -81,12 +84,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("capability", [90, 80])
-def test_compiles(name, capability):
+def compile_case(name: str, capability: int):
+    """Triton's compiled kernel of a case."""
     kernel, constants, options, types = CASES[name]
-    if kernel.is_gluon() != (capability == 90) and name.startswith("extend"):
-        pytest.skip("Hopper has its own extend kernel")
     if capability < 90:
         constants = {**constants, **{name: False for name in ("DEPENDENTS", "WAIT") if name in constants}}
     scalars = {"softmax_scale": "fp32", "out_ptr": "*fp32"}
@@ -95,6 +95,24 @@ def test_compiles(name, capability):
         for argument in kernel.arg_names
     }
     source = GluonASTSource if kernel.is_gluon() else ASTSource
-    compiled = triton.compile(source(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("capability", [90, 80])
+def test_compiles(name, capability):
+    kernel = CASES[name][0]
+    if kernel.is_gluon() != (capability == 90) and name.startswith("extend"):
+        pytest.skip("Hopper has its own extend kernel")
+    compiled = compile_case(name, capability)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
+
+
+@pytest.mark.parametrize("name", ["extend, hopper", "extend, hopper, parts"])
+def test_tensor_core_instructions_of_hopper_stay_asynchronous(name, tmp_path):
+    compiled = compile_case(name, 90)
+    (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "kernel.cubin")]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in log, log
