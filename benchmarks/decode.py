@@ -147,9 +147,9 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 figures = f"{microseconds:8.1f} us {size / 1e6:7.1f} MB {100 * rows[-1].bandwidth_share:5.1f} % of copy"
                 print(f"{heads:10} {shape:9} {kernel:30} {figures}", flush=True)
-            if args.json:
-                command = f"python -m benchmarks.decode --shapes {args.shapes} --heads {args.heads}"
-                write_report(args.json, command, [asdict(row) for row in rows], copy_bytes_per_second=peak)
+                if args.json:
+                    command = f"python -m benchmarks.decode --shapes {args.shapes} --heads {args.heads}"
+                    write_report(args.json, command, [asdict(row) for row in rows], copy_bytes_per_second=peak)
 
 
 if __name__ == "__main__":

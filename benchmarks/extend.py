@@ -112,8 +112,8 @@ def main() -> None:
             rows.append({"new": new, "prefix": prefix, "kernel": kernel, "milliseconds": milliseconds, "peak_mib": peak})
             rate = flop / milliseconds / 1e9
             print(f"{new:5} on {prefix:7} {kernel:26} {milliseconds:8.3f} ms {rate:6.0f} TFLOP/s, {peak:7.1f} MiB", flush=True)
-    if args.json:
-        write_report(args.json, f"python -m benchmarks.extend --cases {args.cases}", rows)
+            if args.json:
+                write_report(args.json, f"python -m benchmarks.extend --cases {args.cases}", rows)
 
 
 if __name__ == "__main__":
