@@ -31,6 +31,9 @@ MULTIPROCESSOR_PROGRAMS = 16
 
 LARGEST_SPLIT = 256
 
+COMBINE_TILE = 8192
+"""Partial outputs that a program of the combine loads at once: 64 registers a thread."""
+
 
 @triton.jit
 def _share(pages, records, tiles, splits):
@@ -209,8 +212,9 @@ def decode(
     )  # fmt: skip
     # Few rows: several programs each, while nothing needs all channels at once.
     channels = dim if rotate_values or batch * query_heads >= 200 else 32
+    width = triton.next_power_of_2(splits)
     _combine[(batch * query_heads, dim // channels)](
         partial, lse, *value_parameters, out, lse if final_lse is None else final_lse, splits, G=group, Hq=query_heads, D=dim,
-        S=triton.next_power_of_2(splits), CHUNK=min(32, triton.next_power_of_2(splits)), C=channels, ROTATE=rotate_values,
+        S=width, CHUNK=min(width, COMBINE_TILE // channels), C=channels, ROTATE=rotate_values,
         KEEP_LSE=final_lse is not None, WAIT=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip

@@ -33,7 +33,7 @@ EXTEND_INPUTS = {
 }
 STAGE1_INPUTS = {"scales": "*u8"}
 ONE_WARP = {"num_warps": 1, "maxnreg": 128}
-COMBINE = {"G": 4, "Hq": 32, "D": 128, "S": 512, "CHUNK": 32}
+COMBINE = {"G": 4, "Hq": 32, "D": 128, "S": 256, "CHUNK": 64}
 GQA = {"Hkv": 8, "G": 4, "D": 128}
 SMALL = {"Hkv": 3, "G": 3, "D": 64}
 
