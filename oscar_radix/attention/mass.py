@@ -8,6 +8,7 @@ from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.attention_mass import attention_mass
 from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.store import KVStore
+from oscar_radix.pool.upload import upload_all
 from oscar_radix.sequence import Sequence
 
 
@@ -140,4 +141,4 @@ def page_table(sequences: list[Sequence], device: torch.device) -> tuple[torch.T
     for row, sequence in zip(pages, sequences, strict=True):
         row[: len(sequence.pages)] = sequence.pages
     lengths = np.array([sequence.seq_len for sequence in sequences], dtype=np.int64)
-    return tuple(torch.from_numpy(array).to(device, non_blocking=True) for array in (pages, lengths))
+    return tuple(upload_all([pages, lengths], device))

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.pool.upload import upload, upload_all
 
 
 class MassTable:
@@ -60,7 +61,7 @@ class MassTable:
             self.slots[new] = taken
             self.given[taken] = self.total_given + 1 + np.arange(len(new))
             self.total_given += len(new)
-            index = self._upload(np.array(taken))
+            index = upload(np.array(taken), self.device)
             self.values[:, index] = 0.0
             self.visits[index] = 0.0
             self._changed.update(new.tolist())
@@ -90,11 +91,9 @@ class MassTable:
         """Bring the device's slots up to date; before a sampled forward's mass is added."""
         if self._changed and self.device.type != "cpu":
             pages = np.fromiter(self._changed, dtype=np.int64)
-            self.device_slots[self._upload(pages)] = self._upload(self.slots[pages])
+            index, slots = upload_all([pages, self.slots[pages]], self.device)
+            self.device_slots[index] = slots
         self._changed.clear()
-
-    def _upload(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
     # Mass ------------------------------------------------------------------------------------------------------------
 
@@ -128,7 +127,7 @@ class MassTable:
             float32 [1] on the device.
         """
         pages = np.flatnonzero(self.slots >= 0)
-        index, slots = self._upload(pages), self._upload(self.slots[pages].astype(np.int64))
+        index, slots = upload_all([pages, self.slots[pages].astype(np.int64)], self.device)
         bits = torch.arange(PAGE_TOKENS, dtype=torch.int32, device=self.device)
         covered = torch.zeros(1, device=self.device)
         for layer in range(len(self.values)):  # a layer at a time: the whole is as large as the table
@@ -137,7 +136,7 @@ class MassTable:
         return covered
 
     def _held(self, pages: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        slots = self._upload(self.slots[pages].astype(np.int64))
+        slots = upload(self.slots[pages].astype(np.int64), self.device)
         return slots.clamp(min=0), slots >= 0
 
     # Bytes -----------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_help_documents_every_flag(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     section = text[text.index("oscar_radix: a radix prefix cache") :]
-    for flag in ("kv-quant", "oscar-recipe", "oscar-calibration", "oscar-policy", "oscar-recent-tokens", "oscar-hot-fraction"):
+    for flag in ("kv-quant", "oscar-recipe", "oscar-calibration", "oscar-policy", "oscar-policy-interval", "oscar-recent-tokens"):
         assert f"--{flag} " in section
     for default in (DEFAULT_RECIPE, "none", "256", "0.12"):
         assert f"Default: {default}." in section
@@ -172,9 +172,9 @@ def test_every_recipe_can_be_chosen(recipe):
 
 
 def test_flags_become_the_configuration(model_folder):
-    flags = ["--oscar-recipe", "mulm", "--oscar-policy", "none", "--oscar-recent-tokens", "128", "--oscar-hot-fraction", "0.2"]
-    server_args = parse(*OSCAR, *flags, "--oscar-calibration", "some-file", model=model_folder)
-    expected = OscarConfig(recipe="mulm", calibration="some-file", policy="none", recent_tokens=128, hot_fraction=0.2)
+    flags = ["--oscar-recipe", "mulm", "--oscar-policy", "attention", "--oscar-recent-tokens", "128", "--oscar-hot-fraction", "0.2"]
+    server_args = parse(*OSCAR, *flags, "--oscar-policy-interval", "50", "--oscar-calibration", "some-file", model=model_folder)
+    expected = OscarConfig("mulm", "some-file", policy="attention", policy_interval=50, recent_tokens=128, hot_fraction=0.2)
     assert config_of(server_args) == expected
     assert server_args.page_size == 32
     assert server_args.radix_cache_backend == "oscar"
@@ -192,6 +192,11 @@ def test_cuda_needs_a_recipe_with_kernels():
         refuse_device("cuda", "oscar")
     refuse_device("cuda", DEFAULT_RECIPE)
     refuse_device("cpu", "oscar")
+
+
+def test_the_policy_attention_runs_on_cpus_only(model_folder):
+    message = refusal("--kv-quant", "oscar", "--device", "cuda", "--oscar-policy", "attention")
+    assert "--oscar-policy attention runs on CPUs only so far; choose none, window or random" in message
 
 
 # --kv-quant none -----------------------------------------------------------------------------------------------------
