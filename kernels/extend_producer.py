@@ -62,8 +62,8 @@ def _slots(row, half, prefix):
 @gluon.jit
 def _masks(first, second, row_masks, head, Hkv: gl.constexpr):
     """Pages of two slots, and which of their tokens are hot for this head."""
-    first = first // 32
-    second = second // 32
+    first = first >> 5
+    second = second >> 5
     return first, second, gl.load(row_masks + first * Hkv + head), gl.load(row_masks + second * Hkv + head)
 
 
@@ -72,8 +72,8 @@ def _hot_tokens(first_mask, second_mask, half, prefix, L: gl.constexpr):
     """For each token of a half tile: is it hot and within the prefix, and how many hot tokens of its page come before it."""
     token = gl.arange(0, HALF, gl.SliceLayout(1, L))
     mask = gl.where(token < 32, first_mask, second_mask)
-    hot = ((mask >> (token % 32)) & 1) != 0
-    return hot & (half * HALF + token < prefix), _set_bits(mask & ((1 << (token % 32)) - 1))
+    bit = 1 << (token & 31)
+    return ((mask & bit) != 0) & (token < prefix - half * HALF), _set_bits(mask & (bit - 1))
 
 
 @gluon.jit
@@ -83,7 +83,7 @@ def _blocks(first, second, first_mask, second_mask, half, prefix, table_ptr, L: 
     if (first_mask | second_mask) != 0:
         hot, index = _hot_tokens(first_mask, second_mask, half, prefix, L)
         token = gl.arange(0, HALF, gl.SliceLayout(1, L))
-        block = gl.load(table_ptr + gl.where(token < 32, first, second) * 16 + index // 2, mask=hot, other=0)
+        block = gl.load(table_ptr + gl.where(token < 32, first, second) * 16 + (index >> 1), mask=hot, other=0)
     return block
 
 
@@ -97,12 +97,10 @@ def _cold_rows(
     scale = gl.zeros([HALF], gl.float16, gl.SliceLayout(1, C))
     if (first_mask & second_mask) != -1:
         token = gl.arange(0, HALF, gl.SliceLayout(1, C))
-        page = gl.where(token < 32, first, second).to(gl.int64)
-        record = (page * Hkv + head) * 32 + token % 32
-        valid = half * HALF + token < prefix
+        record = (gl.where(token < 32, first, second) * Hkv + head) * 32 + (token & 31)
         word = gl.arange(0, D // 16, gl.SliceLayout(0, C))
-        codes = gl.load(codes_ptr + record[:, None] * (D // 16) + word[None, :])
-        scale = gl.load(scales + record * 2 + WHICH, mask=valid, other=0.0)
+        codes = gl.load(codes_ptr + (record[:, None] * (D // 16) + word[None, :]))
+        scale = gl.load(scales + (record * 2 + WHICH), mask=token < prefix - half * HALF, other=0.0)
     return codes, scale
 
 
@@ -116,10 +114,10 @@ def _hot_rows(
     scale = gl.zeros([HALF], gl.float16, gl.SliceLayout(1, R))
     if (first_mask | second_mask) != 0:
         hot, index = _hot_tokens(first_mask, second_mask, half, prefix, R)
-        at = (block.to(gl.int64) * Hkv + head) * 2 + index % 2
+        at = (block * Hkv + head) * 2 + (index & 1)
         word = gl.arange(0, D // 4, gl.SliceLayout(0, R))
-        rows = gl.load(hot_ptr + at[:, None] * (D // 4) + word[None, :], mask=hot[:, None], other=0)
-        scale = gl.load(hot_scales + at * 2 + WHICH, mask=hot, other=0.0)
+        rows = gl.load(hot_ptr + (at[:, None] * (D // 4) + word[None, :]), mask=hot[:, None], other=0)
+        scale = gl.load(hot_scales + (at * 2 + WHICH), mask=hot, other=0.0)
     return rows, scale
 
 

@@ -16,6 +16,9 @@ from oscar_radix.pool.store import KVStore
 
 LOG2_E = 1.4426950408889634
 
+WORD_BYTES = 4
+"""Kernels address words with 32 bits."""
+
 
 @dataclass(frozen=True)
 class DecodeBatch:
@@ -54,7 +57,11 @@ class TritonAttention:
     """`decode` and `extend` of one layer. Decode makes no host decision, so that CUDA graphs capture it."""
 
     def __init__(self, store: KVStore, max_requests: int, max_tokens: int):
-        """`max_requests` in a decode step, of at most `max_tokens` each."""
+        """`max_requests` in a decode step, of at most `max_tokens` each.
+
+        Raises:
+            ValueError: when a layer's keys are more than the kernels can address.
+        """
         self.store = store
         self.sample: MassSample | None = None
         """Of decode steps; set before CUDA graphs are captured, or never."""
@@ -62,6 +69,12 @@ class TritonAttention:
         """Of prefill batches that name `sample_rows`."""
         device = store.device
         geometry = store.geometry
+        largest = max(store.base.k_codes[0].nbytes, store.hot.k_rows[0].nbytes)
+        if largest // WORD_BYTES >= 2**31:
+            raise ValueError(
+                f"the keys of one layer take {largest / 2**30:.1f} GiB on this rank; the kernels address {2**31 * WORD_BYTES / 2**30:.0f} GiB: "
+                "lower --max-total-tokens or raise --tp-size"
+            )
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._no_mean = torch.zeros(geometry.kv_heads, geometry.head_dim, dtype=torch.float32, device=device)
         rows = max(count * self.splits(count) for count in range(1, max_requests + 1))
