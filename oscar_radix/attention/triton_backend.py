@@ -69,10 +69,10 @@ class TritonAttention:
         """Of prefill batches that name `sample_rows`."""
         device = store.device
         geometry = store.geometry
-        largest = max(store.base.k_codes[0].nbytes, store.hot.k_rows[0].nbytes)
-        if largest // WORD_BYTES >= 2**31:
+        size, limit = max(store.base.k_codes[0].nbytes, store.hot.k_rows[0].nbytes), 2**31 * WORD_BYTES
+        if size >= limit:
             raise ValueError(
-                f"the keys of one layer take {largest / 2**30:.1f} GiB on this rank; the kernels address {2**31 * WORD_BYTES / 2**30:.0f} GiB: "
+                f"the keys of one layer take {size / 2**30:.1f} GiB on this rank; the kernels address {limit / 2**30:.0f} GiB: "
                 "lower --max-total-tokens or raise --tp-size"
             )
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
