@@ -18,6 +18,8 @@ PREFILL_ROWS = 64
 """Tokens of a program in prefill."""
 DECODE_ROWS = 16
 """Tokens of a program in decode."""
+DECODE_COLUMNS = 32
+"""Query channels of a program in decode: a matrix of 64 KiB is read by several multiprocessors at once."""
 
 
 @triton.jit
@@ -36,12 +38,13 @@ def _quantise(y):
 
 @triton.jit
 def _times_matrix(
-    row_ptr, stride, token, inside, mean_ptr, matrix_ptr, CENTRE: tl.constexpr, MULTIPLY: tl.constexpr, D: tl.constexpr, M: tl.constexpr
+    row_ptr, stride, token, inside, mean_ptr, matrix_ptr, first,
+    CENTRE: tl.constexpr, MULTIPLY: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """(x - mean) A of M rows, float32 [M, D]; without CENTRE x A, without MULTIPLY x - mean."""
+    """Columns first..first + N - 1 of (x - mean) A of M rows, float32 [M, N]; without CENTRE of x A, without MULTIPLY x - mean."""
     if MULTIPLY:
-        out_channel = tl.arange(0, D)
-        acc = tl.zeros([M, D], tl.float32)
+        out_channel = first + tl.arange(0, N)
+        acc = tl.zeros([M, N], tl.float32)
         for start in range(0, D, 32):
             channel = start + tl.arange(0, CHUNK)
             x = tl.load(row_ptr + token[:, None] * stride + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
@@ -83,27 +86,32 @@ def _store_rows(
 def _write_rows(
     q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, slots_ptr, key_mean, key_basis, query_basis, value_mean, value_rotation,
     hot_k, hot_v, hot_scales, table_ptr, query_out, k_half, v_half, k8_ptr, v8_ptr, scales_ptr, bad_ptr, tokens, query_scale,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * M + tl.arange(0, M)
     inside = token < tokens
     head = tl.program_id(1)
+    # Keys and values first: they take longest.
     part = tl.program_id(2)
     matrix = head * D * D
     wide = token.to(tl.int64)
-    if part < G:
-        query_head = head * G + part
-        y = _times_matrix(q_ptr + query_head * D, q_stride, wide, inside, key_mean, query_basis + matrix, False, True, D, M)
-        at = ((wide * Hkv * G + query_head) * D)[:, None] + tl.arange(0, D)[None, :]
-        # KEEP: fp16, which must not overflow.
-        y = tl.minimum(tl.maximum(y * query_scale, -LARGEST_VALUE), LARGEST_VALUE) if KEEP else y * query_scale
-        tl.store(query_out + at, y.to(query_out.dtype.element_ty), mask=inside[:, None])
-    elif part == G:
-        y = _times_matrix(k_ptr + head * D, k_stride, wide, inside, key_mean + head * D, key_basis + matrix, True, True, D, M)
-        _store_rows(y, token, inside, head, slots_ptr, hot_k, hot_scales, table_ptr, k_half, k8_ptr, scales_ptr, bad_ptr, 0, Hkv, D, KEEP)
+    if part == 0:
+        key = _times_matrix(k_ptr + head * D, k_stride, wide, inside, key_mean + head * D, key_basis + matrix, 0, True, True, D, D, M)
+        _store_rows(key, token, inside, head, slots_ptr, hot_k, hot_scales, table_ptr, k_half, k8_ptr, scales_ptr, bad_ptr, 0, Hkv, D, KEEP)
+    elif part == 1:
+        mean = value_mean + head * D
+        value = _times_matrix(v_ptr + head * D, v_stride, wide, inside, mean, value_rotation + matrix, 0, True, ROTATE, D, D, M)
+        _store_rows(
+            value, token, inside, head, slots_ptr, hot_v, hot_scales, table_ptr, v_half, v8_ptr, scales_ptr, bad_ptr, 1, Hkv, D, KEEP
+        )
     else:
-        y = _times_matrix(v_ptr + head * D, v_stride, wide, inside, value_mean + head * D, value_rotation + matrix, True, ROTATE, D, M)
-        _store_rows(y, token, inside, head, slots_ptr, hot_v, hot_scales, table_ptr, v_half, v8_ptr, scales_ptr, bad_ptr, 1, Hkv, D, KEEP)
+        query_head = head * G + (part - 2) // (D // N)
+        first = (part - 2) % (D // N) * N
+        query = _times_matrix(q_ptr + query_head * D, q_stride, wide, inside, key_mean, query_basis + matrix, first, False, True, D, N, M)
+        at = ((wide * Hkv * G + query_head) * D + first)[:, None] + tl.arange(0, N)[None, :]
+        # KEEP: fp16, which must not overflow.
+        query = tl.minimum(tl.maximum(query * query_scale, -LARGEST_VALUE), LARGEST_VALUE) if KEEP else query * query_scale
+        tl.store(query_out + at, query.to(query_out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -150,9 +158,9 @@ def write_decode(
     kv_heads = k.shape[1]
     group = query_heads // kv_heads
     unused = bad_rows
-    _write_rows[(triton.cdiv(batch, DECODE_ROWS), kv_heads, group + 2)](
+    _write_rows[(triton.cdiv(batch, DECODE_ROWS), kv_heads, group * (dim // DECODE_COLUMNS) + 2)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query_out, *(unused,) * 5, bad_rows, batch,
-        1.0, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=False, M=DECODE_ROWS, num_warps=4,
+        1.0, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=False, N=DECODE_COLUMNS, M=DECODE_ROWS, num_warps=8, num_stages=5,
     )  # fmt: skip
 
 
@@ -192,7 +200,7 @@ def write_prefill(
     group = query_heads // kv_heads
     _write_rows[(triton.cdiv(tokens, PREFILL_ROWS), kv_heads, group + 2)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query, *own, *rows, bad_rows,
-        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=True, M=PREFILL_ROWS, num_warps=8,
+        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=True, N=dim, M=PREFILL_ROWS, num_warps=8,
     )  # fmt: skip
     return query, own, rows
 
