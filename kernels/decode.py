@@ -51,8 +51,10 @@ def _share(pages, records, tiles, splits):
 def _stage1(
     query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
     req_to_token, req_rows, seq_lens, list_ptr, count_ptr, out_ptr, lse_ptr, row_stride, list_stride, softmax_scale, splits,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PASSES: tl.constexpr, DEPENDENTS: tl.constexpr,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PASSES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0) // PASSES
     member = tl.program_id(0) % PASSES * 8
     split = tl.program_id(1)
@@ -83,7 +85,7 @@ def _stage1(
     else:
         g = tl.arange(0, 32)
         tl.store(lse + g * splits, tl.full([32], float("-inf"), tl.float32), mask=g < members)
-    if DEPENDENTS:
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -91,13 +93,13 @@ def _stage1(
 def _combine(
     partial_ptr, lse_ptr, rotation_ptr, mean_ptr, out_ptr, final_lse_ptr, splits,
     G: tl.constexpr, Hq: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
-    ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr, WAIT: tl.constexpr,
+    ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of C channels of one query head, and leave the value basis: out = o R^T + mu; ROTATE needs all channels."""
     row = tl.program_id(0)
     head = (row % Hq) // G
     channel = tl.program_id(1) * C + tl.arange(0, C)
-    if WAIT:
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
     every = tl.arange(0, S)
     lse = tl.load(lse_ptr + row * splits + every, mask=every < splits, other=float("-inf"))
@@ -208,7 +210,7 @@ def decode(
     _stage1[(kv_heads * passes, splits, batch)](
         query, k_codes, v_codes, scales.view(torch.uint8), *rest, block_table, *key_parameters, req_to_token, rows, lengths, *hot,
         partial, lse, req_to_token.stride(0), hot[0].stride(0), softmax_scale, splits, Hkv=kv_heads, G=group, D=dim, PASSES=passes,
-        DEPENDENTS=overlap, num_warps=1, maxnreg=128,
+        OVERLAP=overlap, num_warps=1, maxnreg=128, launch_pdl=overlap,
     )  # fmt: skip
     # Few rows: several programs each, while nothing needs all channels at once.
     channels = dim if rotate_values or batch * query_heads >= 200 else 32
@@ -216,5 +218,5 @@ def decode(
     _combine[(batch * query_heads, dim // channels)](
         partial, lse, *value_parameters, out, lse if final_lse is None else final_lse, splits, G=group, Hq=query_heads, D=dim,
         S=width, CHUNK=min(width, COMBINE_TILE // channels), C=channels, ROTATE=rotate_values,
-        KEEP_LSE=final_lse is not None, WAIT=overlap, num_warps=4, launch_pdl=overlap,
+        KEEP_LSE=final_lse is not None, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip

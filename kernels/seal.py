@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, value_channels
 
 
@@ -29,8 +30,10 @@ def _codes(rows, ratio, inverse_step, top):
 def _seal(
     pages_ptr, starts_ptr, k8, v8, row_scales, table_ptr, k_codes, v_codes, scales,
     energy_weights, energy_unit, inverse_step, top_ptr, masks_ptr, value_unit,
-    HOT: tl.constexpr, DECODE: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
+    HOT: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     item = tl.program_id(0)
     head = tl.program_id(1)
     Q: tl.constexpr = D // 4
@@ -116,7 +119,10 @@ def seal(
         return
     kv_heads, dim = parameters[0].shape
     unused = pages
+    # In a decode step its launch overlaps the end of the write.
+    overlap = newest_slots and compute_capability(pages) >= 9
     _seal[(len(pages), kv_heads)](
         pages, unused if starts is None else starts, *rows, unused if block_table is None else block_table, *records, *parameters,
-        HOT=block_table is not None, DECODE=newest_slots, Hkv=kv_heads, D=dim, num_warps=4, enable_fp_fusion=False,
+        HOT=block_table is not None, DECODE=newest_slots, OVERLAP=overlap, Hkv=kv_heads, D=dim, num_warps=4, enable_fp_fusion=False,
+        launch_pdl=overlap,
     )  # fmt: skip

@@ -38,16 +38,16 @@ GQA = {"Hkv": 8, "G": 4, "D": 128}
 SMALL = {"Hkv": 3, "G": 3, "D": 64}
 
 CASES = {
-    "decode": (decode._stage1, {"PASSES": 1, "DEPENDENTS": True, **GQA}, ONE_WARP, STAGE1_INPUTS),
-    "decode, 16 heads a group": (decode._stage1, {"PASSES": 2, "DEPENDENTS": False, **GQA, "G": 16}, ONE_WARP, STAGE1_INPUTS),
-    "decode, D 64": (decode._stage1, {"PASSES": 1, "DEPENDENTS": False, **SMALL}, ONE_WARP, STAGE1_INPUTS),
+    "decode": (decode._stage1, {"PASSES": 1, "OVERLAP": True, **GQA}, ONE_WARP, STAGE1_INPUTS),
+    "decode, 16 heads a group": (decode._stage1, {"PASSES": 2, "OVERLAP": False, **GQA, "G": 16}, ONE_WARP, STAGE1_INPUTS),
+    "decode, D 64": (decode._stage1, {"PASSES": 1, "OVERLAP": False, **SMALL}, ONE_WARP, STAGE1_INPUTS),
     "combine": (
         decode._combine,
-        {**COMBINE, "C": 128, "ROTATE": True, "KEEP_LSE": False, "WAIT": False},
+        {**COMBINE, "C": 128, "ROTATE": True, "KEEP_LSE": False, "OVERLAP": True},
         {"num_warps": 4},
         {"out_ptr": "*bf16"},
     ),
-    "combine, folded": (decode._combine, {**COMBINE, "C": 32, "ROTATE": False, "KEEP_LSE": True, "WAIT": False}, {"num_warps": 4}, {}),
+    "combine, folded": (decode._combine, {**COMBINE, "C": 32, "ROTATE": False, "KEEP_LSE": True, "OVERLAP": True}, {"num_warps": 4}, {}),
     "list": (decode._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
     "extend": (
         extend._extend,
@@ -94,16 +94,26 @@ CASES = {
         PREFILL_INPUTS,
     ),
     "leave basis": (write._leave_basis, {"Hq": 32, "G": 4, "D": 128, "M": 64}, {"num_warps": 4}, {"o_ptr": "*fp16", "out_ptr": "*bf16"}),
-    "seal": (seal._seal, {"HOT": True, "DECODE": True, "Hkv": 8, "D": 128}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
-    "seal, chunk": (seal._seal, {"HOT": False, "DECODE": False, "Hkv": 3, "D": 64}, {"num_warps": 4, "enable_fp_fusion": False}, {}),
+    "seal": (
+        seal._seal,
+        {"HOT": True, "DECODE": True, "OVERLAP": True, "Hkv": 8, "D": 128},
+        {"num_warps": 4, "enable_fp_fusion": False},
+        {},
+    ),
+    "seal, chunk": (
+        seal._seal,
+        {"HOT": False, "DECODE": False, "OVERLAP": False, "Hkv": 3, "D": 64},
+        {"num_warps": 4, "enable_fp_fusion": False},
+        {},
+    ),
 }
 
 
 def compile_case(name: str, capability: int):
     """Triton's compiled kernel of a case."""
     kernel, constants, options, types = CASES[name]
-    if capability < 90:
-        constants = {**constants, **{name: False for name in ("DEPENDENTS", "WAIT") if name in constants}}
+    if capability < 90 and "OVERLAP" in constants:
+        constants = {**constants, "OVERLAP": False}
     scalars = {"softmax_scale": "fp32", "out_ptr": "*fp32"}
     signature = {
         argument: "constexpr" if argument in constants else {**scalars, **POINTERS, **types}.get(argument, "i32")
