@@ -20,9 +20,9 @@ SMALLEST_GRAPH = 20
 """Kernels with one correlation id from which on it is a graph launch; other launches have one."""
 
 OURS = {
-    "ours: stage 1": ("_stage1", "records_stage1", "hot_stage1"),
+    "ours: stage 1": ("_stage1",),
     "ours: combine": ("_combine",),
-    "ours: write": ("_write_rows", "_decode_rows", "_prefill_rows"),
+    "ours: write": ("_write_rows",),
     "ours: seal": ("_seal",),
     "ours: list": ("_list_hot_pages",),
     "ours: levels and mass": ("_keep_rows", "mass_records", "_add_mass"),

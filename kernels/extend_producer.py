@@ -6,7 +6,7 @@ these writes and the tensor cores' reads are the consumers', because here they w
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from oscar_radix.kernels import operands
 from oscar_radix.kernels.extend_layouts import HALF, codes_layout, pairs_layout, rows_layout
@@ -183,14 +183,15 @@ def _produce_prefix(
 
 @gluon.jit
 def _copy_own(position, length, start, head, rows_ptr, tile, Hkv: gl.constexpr, D: gl.constexpr):
-    """The chunk's own rows position..position + 127 to shared memory; beyond the chunk zeros."""
+    """The chunk's own rows position..position + 127 to shared memory; beyond the chunk its last one, which no query reads there."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    token = position + gl.arange(0, HALF, gl.SliceLayout(1, L))
-    at = ((start + token).to(gl.int64) * Hkv + head)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, L))[None, :]
-    first = gl.load(rows_ptr + at, mask=(token < length)[:, None], other=0.0)
-    second = gl.load(rows_ptr + at + HALF * Hkv * D, mask=(token + HALF < length)[:, None], other=0.0)
-    tile.slice(0, HALF).store(first)
-    tile.slice(HALF, HALF).store(second)
+    channel = gl.arange(0, D, gl.SliceLayout(0, L))
+    for half in gl.static_range(TILE // HALF):
+        token = gl.minimum(position + half * HALF + gl.arange(0, HALF, gl.SliceLayout(1, L)), length - 1)
+        at = ((start + token).to(gl.int64) * Hkv + head)[:, None] * D + channel[None, :]
+        async_copy.async_copy_global_to_shared(tile.slice(half * HALF, HALF), rows_ptr + at)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
 
 
 @gluon.jit
