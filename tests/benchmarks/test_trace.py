@@ -10,7 +10,7 @@ import pytest
 from benchmarks import trace
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-ROUND_OF_21 = [("records_stage1", 10.0), ("_combine", 2.0), *[("nvjet_tst_128x64", 4.0)] * 18, ("_decode_rows", 3.0)]
+ROUND_OF_21 = [("_stage1", 10.0), ("_combine", 2.0), *[("nvjet_tst_128x64", 4.0)] * 18, ("_write_rows", 3.0)]
 """Kernels of one graph launch in order, 87 microseconds."""
 
 
