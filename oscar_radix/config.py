@@ -27,7 +27,7 @@ class OscarConfig:
     recipe: str
     calibration: str | None = None
     policy: str = "none"
-    policy_interval: int = 64
+    policy_interval: int = 32
     recent_tokens: int = 256
     hot_fraction: float = 0.12
     fold_values: str = "auto"

@@ -44,7 +44,7 @@ def make_store(
     recipe: str = "tck",
     geometry: Geometry = GEOMETRY,
     device: str = "cpu",
-    policy_interval: int = 64,
+    policy_interval: int = 32,
 ) -> KVStore:
     """A store with a codec, ready to serve."""
     layout = get_recipe(recipe).layout(geometry.head_dim)

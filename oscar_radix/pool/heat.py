@@ -29,10 +29,9 @@ class PageHeat:
     Args:
         mass: where mass is added up.
         pages: page numbers, page 0 included.
-        decay: what is left of a page's known mass at each `receive` while it holds no slot.
     """
 
-    def __init__(self, mass: MassTable, pages: int, decay: float):
+    def __init__(self, mass: MassTable, pages: int):
         self.mass = mass
         self.values = np.full(pages, np.nan, dtype=np.float32)
         """float32 [pages]; NaN: not known yet."""
@@ -40,7 +39,8 @@ class PageHeat:
         """Sum of a float32 [slots + 1] tensor over all tensor-parallel ranks, in order with the current stream."""
         self.covered_share = float("nan")
         """Share of the tracked pages' mass that lay on hot rows; NaN until the first sums have arrived."""
-        self._decay = decay
+        self.decay = 1.0
+        """What is left of a page's known mass at each `receive` while it holds no slot."""
         self._copy = torch.zeros(mass.capacity + 1, pin_memory=mass.device.type == "cuda")
         self._sent: _Sent | None = None
 
@@ -70,7 +70,7 @@ class PageHeat:
         pages = np.flatnonzero(mass.slots >= 0)
         slots = mass.slots[pages]
         old = mass.given[slots] <= sent.total_given
-        self.values[mass.slots < 0] *= self._decay
+        self.values[mass.slots < 0] *= self.decay
         self.values[pages[old]] = sums[slots[old]]
         total = float(sums[sent.slots].sum())
         self.covered_share = float(sums[-1]) / total if total > 0 else float("nan")

@@ -10,10 +10,10 @@ from oscar_radix.pool.mass_parts import MassParts
 SLOT_BLOCKS = 4
 """Hot blocks for each slot of the mass table: every page that holds 8 rows can be tracked."""
 
-DECAY = 0.9
-"""What is left of all mass from one decision to the next."""
+HALF_LIFE = 512
+"""Forwards after which mass counts half."""
 
-SLACK_SHARE, SETTLED_SHARE = 8, 4
+SLACK_SHARE, SETTLED_SHARE = 8, 2
 """Parts of the pool that are kept free, so that fresh pages and prompts find room without a launch each; and that settled rows keep
 when the ends of conversations that are not running ask for more."""
 
@@ -36,6 +36,7 @@ class MassLevels:
         if interval <= LAG:
             raise ValueError(f"{interval} forwards between two decisions are too few: the mass of pages takes {LAG} to arrive")
         self.hot, self.mass, self.heat, self.policy, self.interval = hot, parts.table, parts.heat, policy, interval
+        self.heat.decay = 0.5 ** (interval / HALF_LIFE)
         self.slack = max(PAGE_BLOCKS, hot.capacity // SLACK_SHARE)
         self.kept = hot.capacity // SETTLED_SHARE
         self.demoted_to = demoted_to
@@ -44,7 +45,7 @@ class MassLevels:
         """Once a forward, before its changes: at fixed counts, sum up what was read and decide by it."""
         if now % self.interval == 0:
             self.heat.send(self.hot.row_masks)
-            self.mass.decay(DECAY)
+            self.mass.decay(self.heat.decay)
         elif now % self.interval == LAG and self.heat.receive():
             self.make_room(self.slack, last_rows=True, kept=self.kept)
 

@@ -37,7 +37,7 @@ class Residency:
         policy: Policy,
         recent_tokens: int,
         mass: MassParts | None = None,
-        interval: int = 64,
+        interval: int = 32,
     ):
         self.geometry = geometry
         self.table = table

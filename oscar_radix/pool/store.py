@@ -11,7 +11,7 @@ from oscar_radix.pool.base_records import BaseRecords
 from oscar_radix.pool.heat import PageHeat
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool, Rows
 from oscar_radix.pool.mass import MassTable
-from oscar_radix.pool.mass_levels import DECAY, SLOT_BLOCKS
+from oscar_radix.pool.mass_levels import SLOT_BLOCKS
 from oscar_radix.pool.mass_parts import MassParts
 from oscar_radix.pool.pages import Owner, PageTable
 from oscar_radix.pool.request_pages import RequestPages
@@ -44,7 +44,7 @@ class KVStore:
         policy: Policy,
         recent_tokens: int,
         device: torch.device | str,
-        policy_interval: int = 64,
+        policy_interval: int = 32,
     ):
         self.geometry = geometry
         self.layout = layout
@@ -57,7 +57,7 @@ class KVStore:
         self.mass: MassParts | None = None
         if policy.by_mass:
             table = MassTable(geometry, pages + 1, max(1, hot_blocks // SLOT_BLOCKS), device)
-            self.mass = MassParts(table, PageHeat(table, pages + 1, DECAY))
+            self.mass = MassParts(table, PageHeat(table, pages + 1))
         self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens, self.mass, policy_interval)
         self.codec: Codec | None = None
         self.adopted = 0

@@ -23,7 +23,7 @@ class Readers:
     """Requests over a MiniServer; queries of a forward can be made to look at one token of their sequence."""
 
     def __init__(self, hot_pages: int = 40, pages: int = 60):
-        self.store = make_store(pages, hot_pages, "attention", recent_tokens=64, geometry=GEOMETRY)
+        self.store = make_store(pages, hot_pages, "attention", recent_tokens=64, geometry=GEOMETRY, policy_interval=1000)
         self.server = MiniServer(self.store)
         self.attention = TorchAttention(self.store)
         self.sampling = MassSampling(self.store)

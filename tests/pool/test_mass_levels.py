@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.policy import LEVELS
 from oscar_radix.policy.base import LAG
+from oscar_radix.pool.mass_levels import HALF_LIFE
 from oscar_radix.pool.pages import Owner
 from oscar_radix.pool.store import KVStore
 from oscar_radix.sequence import Sequence
@@ -154,7 +155,7 @@ def test_mass_arrives_at_fixed_forwards_and_decays():
     assert heat.values[a[3]] == 0.0
     assert heat.covered_share == pytest.approx(8 / 32 if driver.levels(a)[2] == 8 else 1.0)
     driver.step(8)
-    assert heat.values[a[2]] == pytest.approx(4.5)
+    assert heat.values[a[2]] == pytest.approx(5.0 * 0.5 ** (8 / HALF_LIFE))
 
 
 def test_a_page_that_is_used_again_has_none_of_the_mass_that_is_under_way():
