@@ -27,7 +27,7 @@ class AttentionPolicy(Policy):
         """Level with room for all."""
         return STEPS[-1][0]
 
-    def levels(self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int = 0) -> np.ndarray:
+    def levels(self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int | np.ndarray = 0) -> np.ndarray:
         """Levels under a budget, by mass per byte.
 
         Args:
@@ -35,7 +35,7 @@ class AttentionPolicy(Policy):
             mass: float [N], attention mass of each page over all layers, heads and readers (with tensor parallelism: over all ranks).
                 NaN: not known yet; taken as the mean of the known ones.
             blocks: hot blocks for all of these pages together.
-            lowest: no page that holds this many rows falls below them, whatever `blocks` says.
+            lowest: no page that holds this many rows falls below them, whatever `blocks` says; int, or int [N].
 
         Returns:
             int64 [N], one of 0, 2, 4, 8 each.
@@ -44,7 +44,7 @@ class AttentionPolicy(Policy):
         mass = np.where(np.isnan(mass), known.mean(dtype=np.float64) if len(known) else 1.0, mass).astype(np.float64)
         level, cost, worth = (np.array(column) for column in zip(*STEPS, strict=True))
         value = mass[:, None] * worth * np.where(held < 32, HYSTERESIS, 1.0)[:, None]
-        value[:, level <= lowest] = np.inf
+        value[level <= np.broadcast_to(lowest, len(held))[:, None]] = np.inf
         possible = level <= held[:, None]
         page, step = np.nonzero(possible)
         value = value[page, step]

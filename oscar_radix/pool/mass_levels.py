@@ -6,6 +6,8 @@ from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.policy.base import LAG, Policy
 from oscar_radix.pool.hot_pool import BLOCK_ROWS, PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass_parts import MassParts
+from oscar_radix.pool.pages import PageTable
+from oscar_radix.sequence import SINK_PAGES
 
 SLOT_BLOCKS = 4
 """Hot blocks for each slot of the mass table: every page that holds 8 rows can be tracked."""
@@ -17,6 +19,9 @@ SLACK_SHARE, SETTLED_SHARE = 8, 2
 """Parts of the pool that are kept free, so that fresh pages and prompts find room without a launch each; and that settled rows keep
 when the ends of conversations that are not running ask for more."""
 
+UNKNOWN_SINK = 40.0
+"""Mass of a sink page of which nothing is known yet, in means of the known pages; enough for 8 rows while others hold 2."""
+
 PAGES_AT_ONCE = 1024
 """Pages whose scores are gathered in one piece: 32 MiB at 32 layers of 8 heads."""
 
@@ -25,16 +30,17 @@ class MassLevels:
     """Lowers pages; nothing here raises one, since there is nowhere to take rows from.
 
     Args:
-        hot: the hot pool.
+        table, hot: pages and hot pool.
         parts: mass of pages.
         policy: says levels.
         interval: forwards from one decision to the next.
         demoted_to: int64 [32], counts pages by the level to which they fell.
     """
 
-    def __init__(self, hot: HotPool, parts: MassParts, policy: Policy, interval: int, demoted_to: np.ndarray):
+    def __init__(self, table: PageTable, hot: HotPool, parts: MassParts, policy: Policy, interval: int, demoted_to: np.ndarray):
         if interval <= LAG:
             raise ValueError(f"{interval} forwards between two decisions are too few: the mass of pages takes {LAG} to arrive")
+        self.table = table
         self.hot, self.mass, self.heat, self.policy, self.interval = hot, parts.table, parts.heat, policy, interval
         self.heat.decay = 0.5 ** (interval / HALF_LIFE)
         self.slack = max(PAGE_BLOCKS, hot.capacity // SLACK_SHARE)
@@ -74,13 +80,13 @@ class MassLevels:
         owned = (int(self.hot.levels[rivals].sum()) + int(held.sum())) // BLOCK_ROWS
         blocks = max(self.hot.free_blocks + owned - self.slack, min(owned, self.kept))
         self.lower(pages[~tracked], np.zeros(np.count_nonzero(~tracked), dtype=np.int64))
-        self.lower(all_pages, self.policy.levels(levels, self.heat.values[all_pages], blocks))
+        self.lower(all_pages, self.policy.levels(levels, self._mass(all_pages), blocks))
 
     def make_room(self, wanted: int, last_rows: bool, kept: int = 0) -> bool:
         """Let partial pages fall, the coldest first, until `wanted` blocks are free, and some more while it is at it.
 
         Args:
-            last_rows: whether pages may fall from 2 rows to none.
+            last_rows: whether pages may fall from 2 rows to none, and sinks at all.
             kept: blocks that all of them keep together.
 
         Returns:
@@ -92,10 +98,13 @@ class MassLevels:
         pages = self._partial()
         held = hot.levels[pages].astype(np.int64)
         blocks = int(held.sum()) // BLOCK_ROWS
-        least = kept if last_rows else max(kept, len(pages))
+        lowest = np.zeros(len(pages), dtype=np.int64)
+        if not last_rows:
+            lowest[:] = np.where(self.table.position[pages] < SINK_PAGES, self.policy.settle(pages), BLOCK_ROWS)
+        least = max(kept, int(np.minimum(lowest, held).sum()) // BLOCK_ROWS)
         left = max(blocks - (max(wanted, self.slack) - hot.free_blocks), least, 0)
         if left < blocks:
-            self.lower(pages, self.policy.levels(held, self.heat.values[pages], left, 0 if last_rows else BLOCK_ROWS))
+            self.lower(pages, self.policy.levels(held, self._mass(pages), left, lowest))
         return hot.free_blocks >= wanted
 
     def lower(self, pages: np.ndarray, levels: np.ndarray) -> None:
@@ -115,6 +124,14 @@ class MassLevels:
 
     def _partial(self) -> np.ndarray:
         return np.flatnonzero((self.hot.levels > 0) & (self.hot.levels < PAGE_TOKENS))
+
+    def _mass(self, pages: np.ndarray) -> np.ndarray:
+        """Mass of pages, guessed where it is not known: float64 [N]."""
+        mass = self.heat.values[pages].astype(np.float64)
+        unknown = np.isnan(mass)
+        mean = mass[~unknown].mean() if not unknown.all() else 1.0
+        guess = np.where(self.table.position[pages] < SINK_PAGES, UNKNOWN_SINK * mean, mean)
+        return np.where(unknown, guess, mass)
 
     def _known(self, pages: np.ndarray) -> np.ndarray:
         """Known mass; pages of which nothing is known count as hottest."""

@@ -10,7 +10,7 @@ from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass_levels import MassLevels, MassParts
 from oscar_radix.pool.pages import PageTable
 from oscar_radix.pool.request_pages import DecodeStep
-from oscar_radix.pool.victims import PREFILLING, SETTLED, SINK, SINK_IN_USE, WINDOW, Victims
+from oscar_radix.pool.victims import PREFILLING, SETTLED, SINK, SINK_IN_USE, Victims
 from oscar_radix.sequence import SINK_PAGES, Sequence
 
 VICTIMS_AT_ONCE = 8
@@ -48,7 +48,7 @@ class Residency:
         self.now = 0
         self.demoted_to = np.zeros(PAGE_TOKENS, dtype=np.int64)
         """Pages that fell to each level, by the level."""
-        self.by_mass = MassLevels(hot, mass, policy, interval, self.demoted_to) if mass else None
+        self.by_mass = MassLevels(table, hot, mass, policy, interval, self.demoted_to) if mass else None
         self.sealed_without_hot_rows = 0
         self._acquired: list[int] = []
 
@@ -205,15 +205,15 @@ class Residency:
         return victim is not None
 
     def _give_way_by_mass(self, levels: MassLevels, victims: Victims, highest: int) -> bool:
-        """Rows of settled pages go first, but a prompt in progress takes nobody's last two, and the end of a conversation that is not
-        running does not take more than a share of them. Pages that must not stay whole keep the rows that are read."""
+        """Rows of settled pages go first, but a prompt in progress takes nobody's last two, and a share of them stays before ends and
+        sinks of conversations that are not running. Pages that must not stay whole keep the rows that are read."""
         if levels.make_room(PAGE_BLOCKS, last_rows=False):
             return True
         pages = victims.take_up_to(VICTIMS_AT_ONCE, PREFILLING)
         if not pages and highest > PREFILLING:
             if levels.make_room(PAGE_BLOCKS, last_rows=True, kept=levels.kept):
                 return True
-            pages = victims.take_up_to(1, WINDOW)
+            pages = victims.take_up_to(1, SINK)
             if not pages and levels.make_room(PAGE_BLOCKS, last_rows=True):
                 return True
             pages = pages or victims.take_up_to(1, highest)

@@ -74,3 +74,8 @@ def test_unknown_mass_is_the_mean_of_the_known():
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_nobody_falls_below_the_lowest_level(blocks):
     assert decide([8, 4, 2, 0], [4, 3, 2, 1], blocks, lowest=2) == [2, 2, 2, 0]
+
+
+def test_the_lowest_level_can_differ_by_page():
+    levels = AttentionPolicy().levels(np.array([8, 8, 4]), np.array([1.0, 9.0, 5.0]), 0, np.array([8, 2, 8]))
+    assert levels.tolist() == [8, 2, 4]

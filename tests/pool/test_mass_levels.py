@@ -128,6 +128,18 @@ def test_an_end_of_a_conversation_takes_no_more_than_a_share_of_settled_rows():
     assert sum(driver.levels(a)) // 2 >= len(a), "two rows of each page, less than a quarter of the pool"
 
 
+def test_sinks_of_conversations_that_are_over_fall_last():
+    """Nothing is known of any page: a sink keeps 8 rows while others have fallen to 2."""
+    driver = Driver(hot_pages=16)
+    a = driver.begin(14 * PAGE_TOKENS)
+    driver.leave(a)
+    driver.step()
+    assert driver.levels(a) == [8] * 14
+    driver.begin(14 * PAGE_TOKENS)
+    assert driver.levels(a) == [8] * 2 + [2] * 12
+    driver.check()
+
+
 def test_partial_pages_never_fail():
     """Everything gives way to unsealed pages, the last two rows too."""
     driver = Driver(hot_pages=8)
