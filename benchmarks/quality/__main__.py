@@ -8,24 +8,31 @@ A prefix is computed exactly. Some readers continue it through its 2-bit rows, a
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.quality import grid
 from benchmarks.quality.measure import Fitted, measure
 from benchmarks.quality.plot import draw
-from benchmarks.quality.summary import comparisons, row_of, verdicts
-from benchmarks.quality.texts import EVALUATED, GIVERS, shared_texts
+from benchmarks.quality.recall import shared_tasks
+from benchmarks.quality.summary import by_length, lines, recall_report
+from benchmarks.quality.texts import shared_texts
+from oscar_radix.calibration import collect
 from oscar_radix.calibration.builtin_text import builtin_text
-from oscar_radix.calibration.collect import accumulate, load_model
+from oscar_radix.calibration.collect import load_model
+from oscar_radix.codec import RECIPES
 from oscar_radix.model import prepare
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LENGTHS = [2048, 2048, 2048, 6144]
 TAIL = 128
+PARTS = ["text", "search", "recall"]
+"""search: scores, granularities, recipes and windows, on the first prefix."""
 
 
 def arguments() -> argparse.Namespace:
@@ -37,13 +44,25 @@ def arguments() -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="every recipe at every window, format and number of rows")
     parser.add_argument("--prefixes", type=int, nargs="+", help=f"their tokens ({LENGTHS})")
     parser.add_argument("--tail", type=int, default=TAIL, help="tokens of a reader (%(default)s)")
+    parser.add_argument("--calibration-sequence", type=int, default=collect.CHUNK_TOKENS, help="tokens of its sequences (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch, on a CPU (%(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=None, help="what to measure; a file that exists keeps the rest")
     parser.add_argument("--out", type=Path, help="JSON to write, with a PNG beside it (benchmarks/results/quality-MODEL.json)")
     return parser.parse_args()
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for numbers that JSON does not know: errors over a single reader."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def main() -> None:
     args = arguments()
+    parts = args.parts or (PARTS[:1] if args.quick else PARTS)
     torch.set_num_threads(args.threads)
     begin = time.monotonic()
 
@@ -56,36 +75,33 @@ def main() -> None:
     def tokenise(text: str) -> list[int]:
         return tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
 
-    moments = accumulate(model, tokenizer(builtin_text(), verbose=False)["input_ids"], progress).finish()
+    collect.CHUNK_TOKENS = args.calibration_sequence
+    moments = collect.accumulate(model, tokenizer(builtin_text(), verbose=False)["input_ids"], progress).finish()
     first = tokenizer("", verbose=False)["input_ids"]
-    cells = grid.quick_cells() if args.quick else grid.full_cells() if args.full else grid.default_cells()
-    cells = list(dict.fromkeys(cells))
-    fitted = {recipe: Fitted.of(recipe, moments, args.device) for recipe in dict.fromkeys(cell.recipe for cell in cells)}
+    of_size = grid.quick_cells() if args.quick else grid.full_cells() if args.full else grid.default_cells()
+    fitted = {recipe: Fitted.of(recipe, moments, args.device) for recipe in RECIPES}
     lengths = args.prefixes or (LENGTHS[:1] if args.quick else LENGTHS)
     out = args.out or (RESULTS / f"quality-{folder.name}{'-quick' if args.quick else ''}.json")
-    head_dim = moments.geometry.head_dim
-    measured = []
-    for shared in shared_texts(tokenise, lengths, args.tail, first):
-        measured.append(measure(model, fitted, shared, cells, progress))
-        report = {
-            "model": folder.name,
-            "command": " ".join(["python -m benchmarks.quality", *(a for a in sys.argv[1:])]),
-            "device": args.device,
-            "prefixes": [m.prefix for m in measured],
-            "readers": {"give mass": list(GIVERS), "evaluated": list(EVALUATED), "tokens": args.tail},
-            "positions": sum(m.exact.kl[[kind != "quote" for kind in m.kinds]].numel() for m in measured),
-        }
-        report["table"] = [row_of(measured, cell, head_dim) for cell in cells]
-        report["comparisons"] = comparisons(measured, cells)
-        report["targets"] = verdicts(report["table"], report["comparisons"])
-        report["seconds"] = round(time.monotonic() - begin)
-        out.write_text(json.dumps(report, indent=1) + "\n")
-        draw(report, out.with_suffix(".png"))
-    for row in report["table"]:
-        name = f"{row['recipe']} {row['policy']} {row['rows']} {row['row_format']} W{row['window']} {row['score']} {row['granularity']}"
-        print(f"{name:75s} K{row['key_bits'] or '-'} {row['bits']:.3f} KL {row['kl']:.4f}+-{row['kl_error']:.4f} top-1 {row['top1']:.3f}"
-              f" dNLL {row['dnll']:.4f} quoting {row['kl_quote']:.4f}")
-    print("\n".join(report["targets"]))
+    report = json.loads(out.read_text()) if out.exists() else {}
+    report = {**report, "model": folder.name, "head_dim": moments.geometry.head_dim}
+    command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
+    for part in parts:
+        if part == "recall":
+            shares, cells = shared_tasks(tokenise, first), grid.recall_cells()
+        else:
+            chosen = lengths if part == "text" else lengths[:1]
+            shares = shared_texts(tokenise, chosen, args.tail, first)
+            cells = of_size if part == "text" else grid.search_cells() + grid.breadth_cells()
+        measured = []
+        for shared in shares:
+            measured.append(measure(model, fitted, shared, list(dict.fromkeys(cells)), progress))
+            summary = (recall_report if part == "recall" else by_length)(measured, cells, report["head_dim"])
+            made = {"command": command, "device": args.device, "calibration_sequence": args.calibration_sequence}
+            report[part] = {**made, "seconds": round(time.monotonic() - begin), **summary}
+            out.write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n")
+            if part == "text":
+                draw(report, out.with_suffix(".png"))
+        print("\n".join(lines(report[part])))
 
 
 if __name__ == "__main__":

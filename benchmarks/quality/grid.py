@@ -1,15 +1,17 @@
 """The cells that are measured, and the scores that choose rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from benchmarks.quality.reading import NEAREST, Mass, Prefix
+from benchmarks.quality.selection import GRANULARITIES
 from oscar_radix.calibration.evaluate import SINK_TOKENS
 
-ROW_BITS = {"int8": 8, "int4": 4, "wide4": 4}
+ROW_BITS = {"int8": 8, "int4": 4, "plain4": 4}
 HOT_ROWS = (2, 4, 8)
+POLICIES = ("attention", "window", "random")
 WINDOWS = (64, 256)
 DEFAULT_SCORE = "mass"
 
@@ -17,7 +19,8 @@ DEFAULT_SCORE = "mass"
 @dataclass(frozen=True)
 class Cell:
     """One way to keep a prefix. rows: hot rows of each 32 tokens between sinks and recent window; window: recent tokens at int8;
-    score: of SCORES; granularity: of `selection.GRANULARITIES`; key_bits: K's average bits in every record, None as the recipe has it."""
+    score: of SCORES; granularity: of `selection.GRANULARITIES`; key_bits: K's average bits in every record, with the row scale searched;
+    None: records as the recipe makes them."""
 
     recipe: str = "tck"
     policy: str = "none"
@@ -31,7 +34,7 @@ class Cell:
     @property
     def line(self) -> str:
         """Name of the line of the plot that this cell is a point of."""
-        return "uniform K" if self.key_bits else self.policy
+        return "uniform K" if self.key_bits and self.policy == "none" else self.policy
 
     def cold(self, tokens: int) -> slice:
         """The tokens of a prefix that are neither sinks nor in the recent window."""
@@ -79,45 +82,55 @@ SCORES: dict[str, Callable[[Evidence], Tensor]] = {
 
 
 def quick_cells() -> list[Cell]:
-    return [Cell()] + [Cell(policy=policy, rows=2) for policy in ("attention", "window", "random")]
+    return [Cell()] + [Cell(policy=policy, rows=2) for policy in POLICIES]
 
 
-def recipe_cells(recipe: str, windows: tuple[int, ...], formats: tuple[str, ...]) -> list[Cell]:
-    """No hot rows, and every policy at every number of them."""
+def recipe_cells(
+    recipe: str, windows: tuple[int, ...], formats: tuple[str, ...], hot_rows: tuple[int, ...] = HOT_ROWS
+) -> list[Cell]:
+    """No hot rows, and every policy at each of `hot_rows`."""
     cells = [Cell(recipe, window=window) for window in windows]
     for window in windows:
         for row_format in formats:
-            for policy in ("attention", "window", "random"):
-                cells += [Cell(recipe, policy, rows, row_format, window) for rows in HOT_ROWS]
+            for policy in POLICIES:
+                cells += [Cell(recipe, policy, rows, row_format, window) for rows in hot_rows]
     return cells
 
 
 def uniform_cells(windows: tuple[int, ...]) -> list[Cell]:
-    return [Cell(window=window, key_bits=bits) for window in windows for bits in (2.5, 3.0)]
+    return [Cell(window=window, key_bits=bits) for window in windows for bits in (2.0, 2.5, 3.0)]
 
 
 def search_cells(rows: int = 2) -> list[Cell]:
-    """Every score at page granularity, then every granularity by mass and by the error-weighted score; int8 rows, window 256."""
-    cells = [Cell(policy="attention", rows=rows, score=score) for score in SCORES if score != DEFAULT_SCORE]
-    for granularity in ("prefix", "global", "layer-rows", "model-rows", "whole-pages", "layer-budget", "head-budget", "page-budget"):
-        cells.append(Cell(policy="attention", rows=rows, granularity=granularity))
-    for granularity in ("global", "layer-budget", "head-budget", "page-budget"):
-        cells.append(Cell(policy="attention", rows=rows, granularity=granularity, score="squared mass x error^2"))
-    return cells + [Cell(policy="attention", rows=rows, row_format="wide4")]
+    """Every score at page granularity, every granularity by mass, budgets by an error-weighted score, plain int4 rows; window 256."""
+    default = Cell(policy="attention", rows=rows)
+    cells = [default] + [replace(default, score=score) for score in SCORES if score != default.score]
+    cells += [replace(default, granularity=granularity) for granularity in GRANULARITIES if granularity != default.granularity]
+    cells += [replace(default, granularity=granularity, score="mass x error^2") for granularity in ("layer-budget", "head-budget")]
+    return [*cells, replace(default, row_format="plain4")]
+
+
+def breadth_cells() -> list[Cell]:
+    """Each recipe and the short window with 0 and 2 int8 rows."""
+    wanted = (("tck", 256), ("tck", 64), ("mulm", 256), ("oscar", 256))
+    return [cell for recipe, window in wanted for cell in recipe_cells(recipe, (window,), ("int8",), (2,))]
 
 
 def default_cells() -> list[Cell]:
-    """tck in full; the other recipes with int8 rows and a window of 256; uniform bits; the search."""
-    cells = recipe_cells("tck", WINDOWS, ("int8", "int4")) + uniform_cells(WINDOWS)
-    return cells + recipe_cells("mulm", (256,), ("int8",)) + recipe_cells("oscar", (256,), ("int8",)) + search_cells()
+    """tck at a window of 256: int8 rows by every policy, int4 rows by attention, uniform bits, int8 rows over records with searched scales.
+    """
+    cells = [Cell(), *uniform_cells((256,))]
+    cells += [Cell(policy=policy, rows=rows) for rows in HOT_ROWS for policy in POLICIES if rows < 8 or policy == "attention"]
+    cells += [Cell(policy="attention", rows=rows, row_format="int4") for rows in (2, 4)]
+    return cells + [Cell(policy=policy, rows=2, key_bits=2.0) for policy in POLICIES]
 
 
 def full_cells() -> list[Cell]:
     """Every recipe x policy x number of rows x format x window."""
     cells = [cell for recipe in ("tck", "mulm", "oscar") for cell in recipe_cells(recipe, WINDOWS, ("int8", "int4"))]
-    return cells + uniform_cells(WINDOWS) + search_cells()
+    return cells + uniform_cells(WINDOWS)
 
 
 def recall_cells() -> list[Cell]:
-    chosen = [Cell()] + [Cell(policy=policy, rows=rows) for policy in ("attention", "window", "random") for rows in (2, 4)]
-    return chosen + uniform_cells((256,)) + [Cell("mulm"), Cell("oscar")]
+    chosen = [Cell()] + [Cell(policy=policy, rows=2) for policy in POLICIES]
+    return [*chosen, *uniform_cells((256,)), Cell(policy="attention", rows=2, key_bits=2.0), Cell("oscar")]

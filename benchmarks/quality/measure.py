@@ -76,6 +76,13 @@ def measure(model: Any, fitted: dict[str, Fitted], shared: Shared, cells: list[C
             result.scores[cell] = score(exact, readers.read(partial(_read, rows, cell, chosen), codec), ids[2])
             result.covered[cell] = float((mass.first * chosen)[..., cold].sum() / mass.first[..., cold].sum())
             progress(f"{shared.name}: {cell} KL {float(result.scores[cell].kl.mean()):.4f}")
+    return result if shared.scored is None else _answers_only(result, torch.tensor(shared.scored))
+
+
+def _answers_only(result: Measured, scored: Tensor) -> Measured:
+    """Hits at other positions than answers' become NaN; scored: bool [R, T], the token after this one belongs to an answer."""
+    for scores in (result.exact, *result.scores.values()):
+        scores.hit[~scored] = torch.nan
     return result
 
 

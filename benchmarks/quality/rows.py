@@ -47,11 +47,11 @@ class PrefixRows:
         self._made: dict[str, Layers] = {"int8": self.hot}
 
     def format(self, name: str) -> Layers:
-        """Rows of a format, made once: `int8`; `int4` (plain); `wide4` (K of 4 bits on average by need, V of int4; `tck` only)."""
+        """Rows of a format, made once: `int8`; `int4`: 4 bits on average, K's channels of `tck` by need; `plain4`: 4 bits everywhere."""
         if name not in self._made:
-            if name == "int4":
+            if name == "plain4" or (name == "int4" and self.calibration.recipe != "tck"):
                 self._made[name] = [(int4_rows(k), int4_rows(v)) for k, v in self.hot]
-            elif name == "wide4":
+            elif name == "int4":
                 keys = UniformKeys(self.calibration, 4.0, self.codec.device)
                 self._made[name] = [(keys.through(layer, k), int4_rows(v)) for layer, (k, v) in enumerate(self.hot)]
             else:

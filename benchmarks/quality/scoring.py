@@ -31,8 +31,8 @@ def score(exact: Tensor, got: Tensor, ids: Tensor) -> Scores:
 
 
 def mean_and_error(readers: Tensor) -> tuple[float, float]:
-    """Mean of [R] reader means and its standard error: readers are independent draws, positions of one reader are not."""
-    return float(readers.mean()), float(readers.std() / len(readers) ** 0.5) if len(readers) > 1 else float("nan")
+    """Mean of [R] reader means and its standard error, infinite for one: readers are independent draws, positions of one reader are not."""
+    return float(readers.mean()), float(readers.std() / len(readers) ** 0.5) if len(readers) > 1 else float("inf")
 
 
 def paired_difference(readers: Tensor, control: Tensor) -> tuple[float, float]:

@@ -5,11 +5,13 @@ from torch import Tensor
 
 from oscar_radix.codec.calibration import Calibration
 from oscar_radix.codec.tck import WHITENING
-from oscar_radix.codec.uniform import GAUSSIAN_MSE, GAUSSIAN_STEP, ROW_STRETCH
+from oscar_radix.codec.uniform import GAUSSIAN_MSE, GAUSSIAN_STEP
 
 STEP = {**GAUSSIAN_STEP, 5: 0.1881, 6: 0.1041}
 MSE = {**GAUSSIAN_MSE, 5: 0.003495, 6: 0.001041}
 """J. Max, "Quantizing for minimum distortion", IRE Trans. IT-6 (1960), table II, for 32 and 64 equally spaced levels."""
+STRETCHES = (0.8, 1.0, 1.25, 1.6, 2.0, 2.6, 3.4)
+"""Row scales that are tried. Records use 1.15 for every row, which clips the large coordinates of the very rows that attention rests on."""
 
 
 def water_filled(variances: Tensor, bits: float) -> Tensor:
@@ -21,21 +23,30 @@ def water_filled(variances: Tensor, bits: float) -> Tensor:
 
 
 class UniformKeys:
-    """K of a `tck` calibration at `bits` bits a channel on average, in every layer and head; one fp16 scale a row, as its records have."""
+    """K of a `tck` calibration at `bits` bits a channel on average, in every layer and head; one fp16 scale a row, as its records have.
+
+    At 2 bits the widths are the records' own: records in their own format, with the row scale searched.
+    """
 
     def __init__(self, calibration: Calibration, bits: float, device: torch.device | str = "cpu") -> None:
         if calibration.recipe != "tck":
             raise ValueError(f"widths by need are for recipe 'tck', not '{calibration.recipe}'")
         sigma = calibration.tensors["key_sigma"].double()
-        widths = water_filled(sigma.pow(2 / (1 - WHITENING)), bits)
+        widths = calibration.tensors["key_widths"].long().cpu() if bits == 2 else water_filled(sigma.pow(2 / (1 - WHITENING)), bits)
         step = torch.tensor([STEP[width] for width in range(7)], dtype=torch.float64)[widths] * sigma
         self.coded, self.sigma, self.step = (widths > 0).to(device), sigma.float().to(device), step.float().to(device)
         self.top = (2.0**widths - 1).float().to(device)
 
     def through(self, layer: int, y: Tensor) -> Tensor:
-        """Rows [P, H, D] in the basis, coded and read back."""
+        """Rows [P, H, D] in the basis, coded and read back. The row scale is the best of STRETCHES times the root mean square, by
+        squared error in the query metric, in which channel c of the basis weighs sigma_c**2."""
         coded, sigma, step, top = self.coded[layer], self.sigma[layer], self.step[layer], self.top[layer]
-        energy = ((y / sigma).square() * coded).sum(-1, keepdim=True) / coded.sum(-1, keepdim=True)
-        row = (energy.sqrt() * ROW_STRETCH).half().float()
-        code = torch.floor(y / (row * step).clamp(min=1e-12) + (top + 1) / 2)
-        return (torch.minimum(code.clamp(min=0), top) - top / 2) * step * row * coded
+        size = (((y / sigma).square() * coded).sum(-1, keepdim=True) / coded.sum(-1, keepdim=True)).sqrt()
+        best, least = torch.zeros_like(y), torch.full_like(size, torch.inf)
+        for stretch in STRETCHES:
+            row = (size * stretch).half().float()
+            code = torch.floor(y / (row * step).clamp(min=1e-12) + (top + 1) / 2)
+            read = (torch.minimum(code.clamp(min=0), top) - top / 2) * step * row * coded
+            error = ((read - y).square() * sigma.square()).sum(-1, keepdim=True)
+            best, least = torch.where(error < least, read, best), torch.minimum(error, least)
+        return best
