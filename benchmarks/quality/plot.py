@@ -20,7 +20,7 @@ def draw(report: dict[str, Any], path: Path, window: int = 256) -> None:
     for axes, (length, part) in zip(panels[0], parts.items(), strict=True):
         _panel(axes, part["table"], window)
         axes.set(title=f"prefixes of {length} tokens, {part['positions']} positions")
-    figure.suptitle(f"{report['model']}: readers that gave no mass, recent window {window}; recipe tck where none is named")
+    figure.suptitle(f"{report['model']}, recipe tck: readers that gave no mass, recent window {window}", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

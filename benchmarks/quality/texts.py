@@ -12,6 +12,9 @@ EVALUATED = ("next", "same document", "same document", "same document", "other d
 other document: a passage of another kind of text; quote: 'As quoted above:' and a passage of the prefix itself, which nobody read before.
 A quote asks for rows that no mass can point at, so it is reported on its own, beside the six continuations."""
 
+DOCUMENT_CHARACTERS = 86_016
+"""Read of each document: about 20,000 tokens. The same for every length, so that the same number is the same text."""
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -59,7 +62,7 @@ def shared_texts(tokenise: Callable[[str], list[int]], lengths: list[int], tail:
     first: tokens that a prefix begins with, if the tokeniser puts any.
     """
     made, every = [], documents()
-    tokens = [first + tokenise(text[: 6 * (2 * max(lengths) + 16 * tail)]) for text in every]
+    tokens = [first + tokenise(text[:DOCUMENT_CHARACTERS]) for text in every]
     essay = tokenise(prose())
     for number, length in enumerate(lengths):
         ids, others = tokens[number % len(tokens)], (essay, tokens[(number + 1) % len(tokens)])
