@@ -16,6 +16,7 @@ from oscar_radix.calibration.cache import cache_path, load_cached, store_cached
 from oscar_radix.calibration.file import check_fits, load_calibration
 from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerprint
 from oscar_radix.calibration.moments import MomentAccumulator
+from oscar_radix.calibration.positions import first_positions
 from oscar_radix.calibration.predicted import fit
 from oscar_radix.codec import Calibration, CalibrationError, get_recipe
 from oscar_radix.config import OscarConfig
@@ -70,12 +71,19 @@ def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geome
         raise RuntimeError(f"the model runner's attention backend is {type(backend).__name__}, not ours")
     backend.moments = MomentAccumulator(geometry)
     try:
-        for start in range(0, len(tokens), SEQUENCE_TOKENS):
-            _prefill(runner, backend, tokens[start : start + SEQUENCE_TOKENS])
+        starts = range(0, len(tokens), SEQUENCE_TOKENS)
+        for start, place in zip(starts, first_positions(len(starts), SEQUENCE_TOKENS, _context(runner)), strict=True):
+            _prefill(runner, backend, tokens[start : start + SEQUENCE_TOKENS], place)
         moments = backend.moments.finish()
     finally:
         backend.moments = None
     return replace(fit(get_recipe(config.recipe), moments), text_hash=text_fingerprint(text))
+
+
+def _context(runner: Any) -> int:
+    """Positions that the model has, or fewer where the user says so."""
+    model = runner.model_config
+    return min(model.context_len, getattr(model.hf_text_config, "max_position_embeddings", model.context_len))
 
 
 def _model_folder(model_path: str) -> Path:
@@ -85,7 +93,7 @@ def _model_folder(model_path: str) -> Path:
 
 
 @torch.no_grad()
-def _prefill(runner: Any, backend: OscarAttentionBackend, tokens: list[int]) -> None:
+def _prefill(runner: Any, backend: OscarAttentionBackend, tokens: list[int], first_position: int) -> None:
     """One sequence through the model; nothing is cached (every slot is padding slot 0)."""
     device, count = runner.device, len(tokens)
     lengths = torch.tensor([count], dtype=torch.int64, device=device)
@@ -99,7 +107,7 @@ def _prefill(runner: Any, backend: OscarAttentionBackend, tokens: list[int]) -> 
         out_cache_loc=torch.zeros(count, dtype=torch.int64, device=device),
         seq_lens_sum=count,
         seq_lens_cpu=lengths.cpu(),
-        positions=torch.arange(count, dtype=torch.int64, device=device),
+        positions=first_position + torch.arange(count, dtype=torch.int64, device=device),
         extend_num_tokens=count,
         extend_seq_lens=lengths.to(torch.int32),
         extend_prefix_lens=zero.to(torch.int32),

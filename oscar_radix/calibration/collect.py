@@ -12,6 +12,7 @@ from oscar_radix.calibration.builtin_text import builtin_text
 from oscar_radix.calibration.file import save_calibration
 from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerprint
 from oscar_radix.calibration.moments import MomentAccumulator
+from oscar_radix.calibration.positions import first_positions
 from oscar_radix.calibration.predicted import fit
 from oscar_radix.calibration.transformers_attention import causal_attention, geometry_of, replaced_attention
 from oscar_radix.codec import DEFAULT_RECIPE, Calibration, CalibrationError, Moments, get_recipe
@@ -37,7 +38,7 @@ def load_model(model_dir: Path | str, device: torch.device | str = "cpu") -> tup
 
 
 def accumulate(model: Any, token_ids: list[int], progress: Progress | None = None, key_bias: Tensor | None = None) -> MomentAccumulator:
-    """Moments of a loaded model over `token_ids`, in sequences of CHUNK_TOKENS.
+    """Moments of a loaded model over `token_ids`, in sequences of CHUNK_TOKENS all over the model's context.
 
     key_bias [L, H, D] is added to every key first, as a model with a strong K bias would; attention does not change.
     """
@@ -47,12 +48,15 @@ def accumulate(model: Any, token_ids: list[int], progress: Progress | None = Non
         accumulator.add(layer, q, k if key_bias is None else k + key_bias[layer], v)
         return causal_attention(q, k, v, scale)
 
-    chunk = min(CHUNK_TOKENS, model.config.get_text_config().max_position_embeddings)
+    context = model.config.get_text_config().max_position_embeddings
+    chunk = min(CHUNK_TOKENS, context)
     starts = [s for s in range(0, len(token_ids), chunk) if len(token_ids) - s >= SHORTEST_CHUNK]
+    places = first_positions(len(starts), chunk, context)
     with replaced_attention(model, attention), torch.inference_mode():
-        for number, start in enumerate(starts, 1):
+        for number, (start, place) in enumerate(zip(starts, places, strict=True), 1):
             ids = torch.tensor([token_ids[start:start + chunk]], device=model.device)
-            model.base_model(input_ids=ids, use_cache=False)
+            positions = place + torch.arange(ids.shape[1], device=model.device)
+            model.base_model(input_ids=ids, position_ids=positions[None], use_cache=False)
             if progress:
                 progress(f"calibration: {accumulator.tokens} tokens, sequence {number} of {len(starts)}")
     return accumulator

@@ -119,8 +119,10 @@ def compile_case(name: str, capability: int):
         argument: "constexpr" if argument in constants else {**scalars, **POINTERS, **types}.get(argument, "i32")
         for argument in kernel.arg_names
     }
-    source = GluonASTSource if kernel.is_gluon() else ASTSource
-    return triton.compile(source(kernel, signature, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+    # As in a launch: torch's allocations are aligned.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,8 +10,8 @@ from tests.serving import quality
 from tests.serving.client import OSCAR_ARGS, flush, serve, settled
 from tests.serving.workload import converse
 
-PARTS = 4
-"""Prefixes of 704 to 896 tokens, 64 decoded tokens each."""
+PARTS = 3
+"""Prefixes of 704 to 832 tokens, 64 decoded tokens each."""
 
 
 @pytest.fixture(scope="module")
