@@ -23,7 +23,7 @@ HOT_TILE_COST = tl.constexpr(4)
 PROGRAM_TILES = tl.constexpr(3)
 """Pages that a program reads at least, before another one helps."""
 
-PASS_HEADS = 8
+PASS_HEADS = tl.constexpr(8)
 """Query heads of a program."""
 
 MULTIPROCESSOR_PROGRAMS = 16
@@ -56,10 +56,10 @@ def _stage1(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     head = tl.program_id(0) // PASSES
-    member = tl.program_id(0) % PASSES * 8
+    member = tl.program_id(0) % PASSES * PASS_HEADS
     split = tl.program_id(1)
     request = tl.program_id(2)
-    members = tl.minimum(G - member, 8)
+    members = tl.minimum(G - member, PASS_HEADS)
     tokens = tl.load(seq_lens + request).to(tl.int32)
     pages = (tokens + PAGE - 1) // PAGE
     counts, ends = hot_tiles(count_ptr + request * 4)
@@ -162,7 +162,7 @@ def list_hot_pages(
 def decode_splits(batch: int, kv_heads: int, group: int, multiprocessors: int) -> int:
     """Programs of each sequence and head, so that all of them fill the GPU once; at least one for records and one for hot rows."""
     programs = MULTIPROCESSOR_PROGRAMS * multiprocessors
-    return max(2, min(LARGEST_SPLIT, programs // (batch * kv_heads * triton.cdiv(group, PASS_HEADS))))
+    return max(2, min(LARGEST_SPLIT, programs // (batch * kv_heads * triton.cdiv(group, PASS_HEADS.value))))
 
 
 def decode(
@@ -205,7 +205,7 @@ def decode(
     partial, lse = workspace
     splits = lse.shape[2]
     k_codes, v_codes, scales, *rest = layer_cache
-    passes = triton.cdiv(group, PASS_HEADS)
+    passes = triton.cdiv(group, PASS_HEADS.value)
     overlap = compute_capability(query) >= 9
     _stage1[(kv_heads * passes, splits, batch)](
         query, k_codes, v_codes, scales.view(torch.uint8), *rest, block_table, *key_parameters, req_to_token, rows, lengths, *hot,

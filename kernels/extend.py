@@ -12,6 +12,7 @@ import triton.language as tl
 
 from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.extend_hopper import extend_hopper
+from oscar_radix.kernels.extend_producer import TILE as HOPPER_TILE
 from oscar_radix.kernels.operands import halves, int8_rows, pair, record_keys, record_values, twice
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, softmax_step
 
@@ -20,9 +21,6 @@ ROWS = 128
 
 TILE = tl.constexpr(64)
 """Tokens of a tile of the portable kernel."""
-
-TILE_TOKENS = 128
-"""Tokens of a tile on Hopper."""
 
 LARGEST_SPLIT = 16
 MIN_PART_TILES = 4
@@ -43,7 +41,7 @@ def extend_splits(prefixes: list[int], lengths: list[int], kv_heads: int, group:
         prefixes, lengths: cached and new tokens of each sequence.
     """
     programs = kv_heads * sum(-(-length // block_tokens(group)) for length in lengths)
-    tiles = max(-(-(prefix + length) // TILE_TOKENS) for prefix, length in zip(prefixes, lengths, strict=True))
+    tiles = max(-(-(prefix + length) // HOPPER_TILE.value) for prefix, length in zip(prefixes, lengths, strict=True))
     most = max(1, min(LARGEST_SPLIT, tiles // MIN_PART_TILES))
     waves = {s: -(-programs * s // multiprocessors) / s for s in range(1, most + 1)}
     return next(s for s, time in waves.items() if time <= 1.05 * min(waves.values()))

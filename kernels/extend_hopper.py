@@ -131,7 +131,7 @@ def extend_hopper(
     length = gl.load(lengths_ptr + request).to(gl.int32)
     prefix = gl.load(prefix_lens + request).to(gl.int32)
     row = req_to_token + gl.load(req_rows + request).to(gl.int64) * row_stride
-    last_token = gl.minimum(first + 128 // GROUP, length)
+    last_token = gl.minimum(first + 2 * CONSUMER_ROWS // GROUP, length)
     tiles = (prefix + TILE - 1) // TILE + (last_token + TILE - 1) // TILE
     first_tile = split * tiles // splits
     last_tile = (split + 1) * tiles // splits
