@@ -29,15 +29,16 @@ def _softmax_step(s, top, total, R: gl.constexpr):
 
 
 @gluon.jit
-def _mask(s, tile, prefix_tiles, prefix, token, S: gl.constexpr):
-    """Scores without tokens beyond the prefix, or after the query's own."""
+def _mask(s, tile, prefix_tiles, prefix, first, token, S: gl.constexpr):
+    """Scores without tokens beyond the prefix, or after the query's own; `first` is the lowest of `token`."""
     column = gl.arange(0, TILE, gl.SliceLayout(0, S))
     if tile < prefix_tiles:
         if tile * TILE + TILE > prefix:
             s = gl.where((tile * TILE + column < prefix)[None, :], s, float("-inf"))
     else:
         own = (tile - prefix_tiles) * TILE
-        s = gl.where((own + column)[None, :] <= token[:, None], s, float("-inf"))
+        if own + TILE - 1 > first:
+            s = gl.where((own + column)[None, :] <= token[:, None], s, float("-inf"))
     return s
 
 
@@ -64,6 +65,7 @@ def _consume(
 
     prefix_tiles = (prefix + TILE - 1) // TILE
     token = first + (FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, S))) // GROUP
+    lowest = first + FIRST_ROW // GROUP
     top = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     total = gl.zeros([CONSUMER_ROWS], gl.float32, gl.SliceLayout(1, S))
     acc = gl.zeros([CONSUMER_ROWS, D], gl.float32, OUT)
@@ -72,7 +74,7 @@ def _consume(
     fence_async_shared()
     s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), blank, use_acc=False)
     mbarrier.arrive(k_free.index(0), count=1)
-    s = _mask(s, first_tile, prefix_tiles, prefix, token, S)
+    s = _mask(s, first_tile, prefix_tiles, prefix, lowest, token, S)
     top, factor, p, total = _softmax_step(s, top, total, P)
     for tile in range(first_tile + 1, last_tile):
         turn = tile - first_tile
@@ -85,10 +87,11 @@ def _consume(
         s_next = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
         acc_next = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, [s_next])
-        s = _mask(s, tile, prefix_tiles, prefix, token, S)
+        s = _mask(s, tile, prefix_tiles, prefix, lowest, token, S)
         top, factor, p_next, total = _softmax_step(s, top, total, P)
-        acc, p = warpgroup_mma_wait(0, [acc_next, p])
         mbarrier.arrive(k_free.index(stage), count=1)
+        # With the new weights among its operands, so that they are computed before it and not after.
+        acc, p, p_next = warpgroup_mma_wait(0, [acc_next, p, p_next])
         mbarrier.arrive(v_free.index(before), count=1)
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         p = p_next

@@ -14,12 +14,10 @@ from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS
 CHUNK = tl.constexpr(32)
 LARGEST_VALUE = tl.constexpr(32768.0)
 """As `codec.int8_rows.LARGEST_VALUE`."""
-PREFILL_ROWS = 64
-"""Tokens of a program in prefill."""
-DECODE_ROWS = 16
-"""Tokens of a program in decode."""
-DECODE_COLUMNS = 32
-"""Query channels of a program in decode: a matrix of 64 KiB is read by several multiprocessors at once."""
+ROWS = 16
+"""Tokens of a program."""
+COLUMNS = 32
+"""Query channels of a program: a matrix of 64 KiB is read by several multiprocessors at once."""
 
 
 @triton.jit
@@ -59,34 +57,31 @@ def _times_matrix(
 
 
 @triton.jit
-def _store_rows(
-    y, token, inside, head, slots_ptr, hot_ptr, hot_scales, table_ptr, half_ptr, int8_ptr, scales_ptr, bad_ptr,
-    WHICH: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, KEEP: tl.constexpr,
+def store_hot_rows(
+    y, token, inside, head, slots_ptr, hot_ptr, hot_scales, table_ptr, bad_ptr, which, Hkv: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Rows [M, D] in the basis into the hot pool where a row's page has blocks; KEEP: also fp16 and int8 copies of the chunk."""
+    """Rows [M, D] in the basis into the hot pool where a row's page has blocks; bad rows are counted, and zeros.
+
+    Returns int8 codes [M, D], fp16 scales [M] and whether a row is bad.
+    """
     channel = tl.arange(0, D)
     codes, scale, bad = _quantise(y)
-    if KEEP:
-        row = token.to(tl.int64) * Hkv + head
-        at = row[:, None] * D + channel[None, :]
-        tl.store(half_ptr + at, tl.where(bad[:, None], 0.0, y).to(tl.float16), mask=inside[:, None])
-        tl.store(int8_ptr + at, codes, mask=inside[:, None])
-        tl.store(scales_ptr + row * 2 + WHICH, scale, mask=inside)
     slot = tl.load(slots_ptr + token, mask=inside, other=0).to(tl.int64)
     block = tl.load(table_ptr + slot // PAGE * PAGE_BLOCKS + slot % PAGE // BLOCK_ROWS)
     hot = inside & (block >= 0)
     at = (block.to(tl.int64) * Hkv + head) * BLOCK_ROWS + slot % PAGE % BLOCK_ROWS
     tl.store(hot_ptr + at[:, None] * D + channel[None, :], codes, mask=hot[:, None])
-    tl.store(hot_scales + at * 2 + WHICH, scale, mask=hot)
+    tl.store(hot_scales + at * 2 + which, scale, mask=hot)
     count = tl.sum((bad & inside).to(tl.int32), 0)
     tl.atomic_add(bad_ptr, count, mask=count > 0)
+    return codes, scale, bad
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _write_rows(
     q_ptr, k_ptr, v_ptr, q_stride, k_stride, v_stride, slots_ptr, key_mean, key_basis, query_basis, value_mean, value_rotation,
-    hot_k, hot_v, hot_scales, table_ptr, query_out, k_half, v_half, k8_ptr, v8_ptr, scales_ptr, bad_ptr, tokens, query_scale,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+    hot_k, hot_v, hot_scales, table_ptr, query_out, bad_ptr, tokens,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROTATE: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * M + tl.arange(0, M)
     inside = token < tokens
@@ -97,37 +92,17 @@ def _write_rows(
     wide = token.to(tl.int64)
     if part == 0:
         key = _times_matrix(k_ptr + head * D, k_stride, wide, inside, key_mean + head * D, key_basis + matrix, 0, True, True, D, D, M)
-        _store_rows(key, token, inside, head, slots_ptr, hot_k, hot_scales, table_ptr, k_half, k8_ptr, scales_ptr, bad_ptr, 0, Hkv, D, KEEP)
+        store_hot_rows(key, token, inside, head, slots_ptr, hot_k, hot_scales, table_ptr, bad_ptr, 0, Hkv, D)
     elif part == 1:
         mean = value_mean + head * D
         value = _times_matrix(v_ptr + head * D, v_stride, wide, inside, mean, value_rotation + matrix, 0, True, ROTATE, D, D, M)
-        _store_rows(
-            value, token, inside, head, slots_ptr, hot_v, hot_scales, table_ptr, v_half, v8_ptr, scales_ptr, bad_ptr, 1, Hkv, D, KEEP
-        )
+        store_hot_rows(value, token, inside, head, slots_ptr, hot_v, hot_scales, table_ptr, bad_ptr, 1, Hkv, D)
     else:
         query_head = head * G + (part - 2) // (D // N)
         first = (part - 2) % (D // N) * N
         query = _times_matrix(q_ptr + query_head * D, q_stride, wide, inside, key_mean, query_basis + matrix, first, False, True, D, N, M)
         at = ((wide * Hkv * G + query_head) * D + first)[:, None] + tl.arange(0, N)[None, :]
-        # KEEP: fp16, which must not overflow.
-        query = tl.minimum(tl.maximum(query * query_scale, -LARGEST_VALUE), LARGEST_VALUE) if KEEP else query * query_scale
-        tl.store(query_out + at, query.to(query_out.dtype.element_ty), mask=inside[:, None])
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _leave_basis(o_ptr, rotation_ptr, mean_ptr, out_ptr, tokens, Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr):
-    """out = o R^T + mu of M tokens of one query head."""
-    token = tl.program_id(0) * M + tl.arange(0, M)
-    query_head = tl.program_id(1)
-    head = query_head // G
-    channel = tl.arange(0, D)
-    at = (token.to(tl.int64) * Hq + query_head)[:, None] * D + channel[None, :]
-    inside = (token < tokens)[:, None]
-    o = tl.load(o_ptr + at, mask=inside, other=0.0)
-    # R^T [c, e] = R[e, c]
-    rotation = tl.load(rotation_ptr + head * D * D + channel[None, :] * D + channel[:, None]).to(tl.float16)
-    out = tl.dot(o, rotation) + tl.load(mean_ptr + head * D + channel)[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(query_out + at, query, mask=inside[:, None])
 
 
 def write_decode(
@@ -157,63 +132,7 @@ def write_decode(
     batch, query_heads, dim = q.shape
     kv_heads = k.shape[1]
     group = query_heads // kv_heads
-    unused = bad_rows
-    _write_rows[(triton.cdiv(batch, DECODE_ROWS), kv_heads, group * (dim // DECODE_COLUMNS) + 2)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query_out, *(unused,) * 5, bad_rows, batch,
-        1.0, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=False, N=DECODE_COLUMNS, M=DECODE_ROWS, num_warps=8, num_stages=5,
+    _write_rows[(triton.cdiv(batch, ROWS), kv_heads, group * (dim // COLUMNS) + 2)](
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query_out, bad_rows, batch,
+        Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, N=COLUMNS, M=ROWS, num_warps=8, num_stages=5,
     )  # fmt: skip
-
-
-def write_prefill(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slots: torch.Tensor,
-    parameters: tuple[torch.Tensor, ...],
-    hot: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    block_table: torch.Tensor,
-    query_scale: float,
-    bad_rows: torch.Tensor,
-    rotate_values: bool,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """One launch for a prefill batch: queries, keys and values into their bases; rows whose pages hold hot blocks into the hot pool.
-
-    Args:
-        q: [T, Hq, D]; k, v: [T, Hkv, D], any float dtype, rows contiguous within a token.
-        slots: int [T].
-        parameters, hot, block_table, bad_rows, rotate_values: as in `write_decode`.
-        query_scale: multiplies the queries.
-
-    Returns:
-        query fp16 [T, Hq, D]; keys and values fp16 [T, Hkv, D], bad rows zeroed; their int8 rows k8, v8 [T, Hkv, D] with scales
-        fp16 [T, Hkv, 2] (K, V).
-    """
-    tokens, query_heads, dim = q.shape
-    kv_heads = k.shape[1]
-    query = torch.empty_like(q, dtype=torch.float16, memory_format=torch.contiguous_format)
-    own = tuple(torch.empty(tokens, kv_heads, dim, dtype=torch.float16, device=q.device) for _ in range(2))
-    rows = (
-        torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
-        torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
-        torch.empty(tokens, kv_heads, 2, dtype=torch.float16, device=q.device),
-    )
-    group = query_heads // kv_heads
-    _write_rows[(triton.cdiv(tokens, PREFILL_ROWS), kv_heads, group + 2)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query, *own, *rows, bad_rows,
-        tokens, query_scale, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, KEEP=True, N=dim, M=PREFILL_ROWS, num_warps=8,
-    )  # fmt: skip
-    return query, own, rows
-
-
-def leave_basis(o: torch.Tensor, rotation: torch.Tensor, mean: torch.Tensor, out: torch.Tensor) -> None:
-    """out = o R^T + mu for prefill outputs.
-
-    Args:
-        o: fp16 [T, Hq, D] in the value basis, contiguous.
-        rotation: float32 [Hkv, D, D]; mean: float32 [Hkv, D].
-        out: [T, Hq, D], any float dtype, contiguous; written.
-    """
-    tokens, query_heads, dim = o.shape
-    group = query_heads // rotation.shape[0]
-    grid = (triton.cdiv(tokens, PREFILL_ROWS), query_heads)
-    _leave_basis[grid](o, rotation, mean, out, tokens, Hq=query_heads, G=group, D=dim, M=PREFILL_ROWS, num_warps=4)

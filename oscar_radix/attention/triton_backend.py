@@ -10,8 +10,10 @@ from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.decode import decode, decode_splits, list_hot_pages
 from oscar_radix.kernels.extend import block_tokens, extend, extend_splits
+from oscar_radix.kernels.leave_basis import leave_basis
 from oscar_radix.kernels.seal import seal
-from oscar_radix.kernels.write import leave_basis, write_decode, write_prefill
+from oscar_radix.kernels.write import write_decode
+from oscar_radix.kernels.write_prefill import write_prefill
 from oscar_radix.pool.store import KVStore
 
 LOG2_E = 1.4426950408889634

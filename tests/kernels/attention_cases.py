@@ -23,16 +23,17 @@ def rows_of(store: KVStore, pages: torch.Tensor, tokens: int) -> tuple[torch.Ten
     """Keys and values that a reader of layer 0 sees, float64 [Hkv, tokens, D]: hot rows where there are any, else the records."""
     records = store.base.read(0, pages)
     key, value = (rows.double() for rows in store.codec.open(0, records[0], records[1], records[2].nan_to_num()))
-    for index, page in enumerate(pages.tolist()):
-        level = int(store.hot.levels[page])
-        if level:
-            hot = store.hot.read(0, store.hot.blocks_of(pages[index : index + 1].cpu().numpy(), level))
-            masks = store.hot.row_masks[0, page]
-            for head in range(len(masks)):
-                held = [token for token in range(PAGE_TOKENS) if (int(masks[head]) >> token) & 1]
-                assert len(held) == level
-                key[index, head, held] = dequantise_rows(hot.k[0, head], hot.k_scale[0, head]).double()
-                value[index, head, held] = dequantise_rows(hot.v[0, head], hot.v_scale[0, head]).double()
+    levels = torch.from_numpy(store.hot.levels)[pages.cpu()]
+    for level in set(levels.tolist()) - {0}:
+        which = (levels == level).nonzero().flatten().to(pages.device)
+        hot = store.hot.read(0, store.hot.blocks_of(pages[which].cpu().numpy(), level))
+        masks = store.hot.row_masks[0, pages[which]]
+        held = ((masks[..., None] >> torch.arange(PAGE_TOKENS, device=pages.device)) & 1).bool()
+        assert (held.sum(-1) == level).all()
+        for rows, codes, scale in ((key, hot.k, hot.k_scale), (value, hot.v, hot.v_scale)):
+            mixed = rows[which]
+            mixed[held] = dequantise_rows(codes, scale).double().flatten(0, 2)
+            rows[which] = mixed
     flat = (rows.transpose(0, 1).flatten(1, 2)[:, :tokens] for rows in (key, value))
     return tuple(flat)
 
@@ -155,7 +156,8 @@ def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits
 def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, device: str = "cpu") -> None:
     """`write_prefill` or `write_decode` of new tokens, some of them to pages without hot blocks, then `seal`; one row is NaN."""
     from oscar_radix.kernels.seal import seal
-    from oscar_radix.kernels.write import write_decode, write_prefill
+    from oscar_radix.kernels.write import write_decode
+    from oscar_radix.kernels.write_prefill import write_prefill
 
     store = random_store(geometry, 6, seed=tokens, device=device, levels=(0, 32))
     codec, hot, bad = store.codec, store.hot, torch.zeros(1, dtype=torch.int32, device=device)

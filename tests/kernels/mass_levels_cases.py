@@ -143,16 +143,23 @@ def compare_levels(geometry: Geometry, level: int, pages: int, seed: int, device
 
 
 def mend_interpreter() -> None:
-    """Triton 3.6's interpreter turns a loop bound into an int in a way that numpy 2.4 refuses."""
+    """Triton 3.6's interpreter turns a loop bound into an int in a way that numpy 2.4 refuses, and multiplies the bits of bf16 numbers."""
+    from triton import language as tl
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
 
     def patch_and_mend(tensor, scope) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def wide(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
     interpreter._patch_lang_tensor = patch_and_mend
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from oscar_radix.kernels import decode, extend, extend_hopper, seal, write
+from oscar_radix.kernels import decode, extend, extend_hopper, leave_basis, seal, write, write_prefill
 
 POINTERS = {
     **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
@@ -76,24 +76,29 @@ CASES = {
     ),
     "write, decode": (
         write._write_rows,
-        {"ROTATE": True, "KEEP": False, "N": 32, "M": 16, **GQA},
+        {"ROTATE": True, "N": 32, "M": 16, **GQA},
         {"num_warps": 8, "num_stages": 5},
         WRITE_INPUTS,
     ),
     "write, decode, folded": (
         write._write_rows,
-        {"ROTATE": False, "KEEP": False, "N": 32, "M": 16, **GQA},
+        {"ROTATE": False, "N": 32, "M": 16, **GQA},
         {"num_warps": 8, "num_stages": 5},
         WRITE_INPUTS,
     ),
-    "write, prefill": (write._write_rows, {"ROTATE": True, "KEEP": True, "N": 128, "M": 64, **GQA}, {"num_warps": 8}, PREFILL_INPUTS),
-    "write, prefill, folded": (
-        write._write_rows,
-        {"ROTATE": False, "KEEP": True, "N": 64, "M": 64, **SMALL},
-        {"num_warps": 8},
+    "write, prefill": (
+        write_prefill._write_prefill,
+        {"ROTATE": True, "X_TERMS": 1, "M": 64, **GQA},
+        {"num_warps": 4, "num_stages": 1},
         PREFILL_INPUTS,
     ),
-    "leave basis": (write._leave_basis, {"Hq": 32, "G": 4, "D": 128, "M": 64}, {"num_warps": 4}, {"o_ptr": "*fp16", "out_ptr": "*bf16"}),
+    "write, prefill, folded, fp16": (
+        write_prefill._write_prefill,
+        {"ROTATE": False, "X_TERMS": 2, "M": 64, **SMALL},
+        {"num_warps": 4, "num_stages": 1},
+        {**PREFILL_INPUTS, **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16")},
+    ),
+    "leave basis": (leave_basis._leave_basis, {"Hq": 32, "G": 4, "D": 128, "M": 64}, {"num_warps": 4}, {"o_ptr": "*fp16", "out_ptr": "*bf16"}),
     "seal": (
         seal._seal,
         {"HOT": True, "DECODE": True, "OVERLAP": True, "Hkv": 8, "D": 128},
@@ -119,8 +124,12 @@ def compile_case(name: str, capability: int):
         argument: "constexpr" if argument in constants else {**scalars, **POINTERS, **types}.get(argument, "i32")
         for argument in kernel.arg_names
     }
-    # As in a launch: torch's allocations are aligned.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+    # As in a launch: torch's allocations and rows are aligned.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith("_stride")
+    }
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
