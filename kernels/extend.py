@@ -12,71 +12,10 @@ import triton.language as tl
 
 from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.extend_hopper import extend_hopper
-from oscar_radix.kernels.extend_producer import TILE as HOPPER_TILE
-from oscar_radix.kernels.operands import halves, int8_rows, pair, record_keys, record_values, twice
-from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, softmax_step
-
-ROWS = 128
-"""Query rows of a program."""
-
-TILE = tl.constexpr(64)
-"""Tokens of a tile of the portable kernel."""
-
-LARGEST_SPLIT = 16
-MIN_PART_TILES = 4
-
-
-def block_tokens(group: int) -> int:
-    """Query tokens of a program, for `group` query heads a KV head (at most 128)."""
-    return ROWS // triton.next_power_of_2(group)
-
-
-def extend_splits(prefixes: list[int], lengths: list[int], kv_heads: int, group: int, multiprocessors: int) -> int:
-    """Parts of the keys that make the programs of a prefill batch (one a multiprocessor at a time) fill the GPU best.
-
-    With n programs and s parts the time is ceil(n s / multiprocessors) / s waves; the fewest parts within 5 % of the least time,
-    each of at least MIN_PART_TILES tiles of the longest sequence.
-
-    Args:
-        prefixes, lengths: cached and new tokens of each sequence.
-    """
-    programs = kv_heads * sum(-(-length // block_tokens(group)) for length in lengths)
-    tiles = max(-(-(prefix + length) // HOPPER_TILE.value) for prefix, length in zip(prefixes, lengths, strict=True))
-    most = max(1, min(LARGEST_SPLIT, tiles // MIN_PART_TILES))
-    waves = {s: -(-programs * s // multiprocessors) / s for s in range(1, most + 1)}
-    return next(s for s, time in waves.items() if time <= 1.05 * min(waves.values()))
-
-
-@triton.jit
-def _set_bits(x):
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 63
-
-
-@triton.jit
-def _key_constants(key_step, key_zero, key_masks, head, plane: tl.constexpr, D: tl.constexpr):
-    """Mask, steps and shifts of one K plane (see `operands.key_plane`), [1, D / 16] each."""
-    at = head * D + plane * (D // 4) + tl.arange(0, D // 16) * 4
-    mask = tl.load((key_masks + at).to(tl.pointer_type(tl.int32))) << (2 * plane)
-    s0 = tl.load(key_step + at)
-    s1 = tl.load(key_step + at + 1)
-    s2 = tl.load(key_step + at + 2)
-    s3 = tl.load(key_step + at + 3)
-    low = pair(-s0 * tl.load(key_zero + at), -s1 * tl.load(key_zero + at + 1))
-    high = pair(-s2 * tl.load(key_zero + at + 2), -s3 * tl.load(key_zero + at + 3))
-    s0 = pair(s0 * 0.25**plane, s1 * 0.25**plane)
-    s2 = pair(s2 * 0.25**plane, s3 * 0.25**plane)
-    return mask[None, :], s0[None, :], s2[None, :], low[None, :], high[None, :]
-
-
-@triton.jit
-def _hot_rows(opened, hot, at, rows_ptr, scales_ptr, D: tl.constexpr, WHICH: tl.constexpr):
-    """Opened rows, pairs [TILE, D / 2], with the hot tokens' int8 rows in their places."""
-    rows = tl.load(rows_ptr + at[:, None] * (D // 4) + tl.arange(0, D // 4)[None, :], mask=hot[:, None], other=0)
-    scale = tl.load(scales_ptr + at * 2 + WHICH, mask=hot, other=0.0)
-    return tl.where(hot[:, None], int8_rows(rows, twice(scale)[:, None]), opened)
+from oscar_radix.kernels.extend_plan import ROWS
+from oscar_radix.kernels.open_rows import TILE, key_constants, open_tile
+from oscar_radix.kernels.operands import halves
+from oscar_radix.kernels.pages import softmax_step
 
 
 @triton.jit
@@ -110,10 +49,7 @@ def _extend(
     at_row = (start + position).to(tl.int64) * (Hkv * G) + head * G + member
     channel = tl.arange(0, D)
     query = tl.load(query_ptr + at_row[:, None] * D + channel[None, :], mask=row_ok[:, None], other=0.0)
-    c0 = _key_constants(key_step, key_zero, key_masks, head, 0, D)
-    c1 = _key_constants(key_step, key_zero, key_masks, head, 1, D)
-    c2 = _key_constants(key_step, key_zero, key_masks, head, 2, D)
-    c3 = _key_constants(key_step, key_zero, key_masks, head, 3, D)
+    constants = key_constants(key_step, key_zero, key_masks, head, D)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
@@ -124,26 +60,10 @@ def _extend(
     last_tile = (split + 1) * tiles // splits
     for tile in range(first_tile, tl.minimum(last_tile, prefix_tiles)):
         at = tile * TILE + token
-        valid = at < prefix
-        page = (tl.load(row + at // PAGE * PAGE, mask=valid, other=0) // PAGE).to(tl.int64)
-        record = (page * Hkv + head) * PAGE + at % PAGE
-        word = tl.arange(0, D // 16)
-        codes = tl.load(k_codes + record[:, None] * (D // 16) + word[None, :])
-        words = tl.load(v_codes + record[:, None] * (D // 16) + word[None, :])
-        k_scale = tl.load(scales + record * 2, mask=valid, other=0.0)
-        v_scale = tl.load(scales + record * 2 + 1, mask=valid, other=0.0)
-        keys = record_keys(codes, c0 + c1 + c2 + c3, twice(k_scale)[:, None])
-        values = record_values(words, twice(v_scale)[:, None])
-        # Row j of a page's hot rows is its j-th hot token.
-        mask = tl.load(row_masks + page * Hkv + head)
-        hot = (((mask >> (at % PAGE)) & 1) != 0) & valid
-        if tl.sum(hot.to(tl.int32), 0) > 0:
-            index = _set_bits(mask & ((1 << (at % PAGE)) - 1))
-            block_number = tl.load(table_ptr + page * PAGE_BLOCKS + index // BLOCK_ROWS, mask=hot, other=0).to(tl.int64)
-            hot_at = (block_number * Hkv + head) * BLOCK_ROWS + index % BLOCK_ROWS
-            keys = _hot_rows(keys, hot, hot_at, hot_k, hot_scales, D, 0)
-            values = _hot_rows(values, hot, hot_at, hot_v, hot_scales, D, 1)
-        top, total, acc = _attend_tile(tl.dot(query, tl.trans(halves(keys))), valid[None, :], halves(values), top, total, acc)
+        keys, values = open_tile(
+            at, prefix, row, head, constants, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, Hkv, D
+        )
+        top, total, acc = _attend_tile(tl.dot(query, tl.trans(halves(keys))), (at < prefix)[None, :], halves(values), top, total, acc)
     for tile in range(tl.maximum(first_tile, prefix_tiles), last_tile):
         at = (tile - prefix_tiles) * TILE + token
         own = ((start + at).to(tl.int64) * Hkv + head)[:, None] * D + channel[None, :]
@@ -209,8 +129,8 @@ def extend(
         value_mean: V's mean in the value basis, float32 [Hkv, D]; it is added to the output.
         sequences: req_to_token int32 [R, C]; rows of it int [B], prefix lengths int [B], first tokens in the batch int [B],
             numbers of new tokens int [B].
-        blocks: request and first position (relative to the prefix) of each block of `block_tokens(G)` query tokens, int32.
-        splits: parts of the keys, see `extend_splits`.
+        blocks: request and first position (relative to the prefix) of each of `query_blocks`, int32 [N] each.
+        splits: parts of the keys, of `extend_splits`.
         out: [T, Hq, D] in the value basis, any float dtype; written.
         final_lse: float32 [T, Hq], natural logarithm, of scores in the key basis; written where it is given.
     """

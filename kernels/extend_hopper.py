@@ -10,36 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from oscar_radix.kernels.extend_consumer import CONSUMER_ROWS, load_queries, mask_scores, normalise, row_addresses, softmax_step
 from oscar_radix.kernels.extend_producer import STAGES, TILE, produce
-
-CONSUMER_ROWS = gl.constexpr(64)
-"""Query rows of a consumer."""
-
-
-@gluon.jit
-def _softmax_step(s, top, total, R: gl.constexpr):
-    """Online softmax in units of log 2: new maximum, factor for what was accumulated, weights as an fp16 operand, new total."""
-    new_top = gl.maximum(top, gl.max(s, 1))
-    # A row that has seen no key yet keeps -inf; its weights must be 0, not NaN.
-    reference = gl.where(new_top == float("-inf"), 0.0, new_top)
-    factor = gl.exp2(top - reference)
-    weights = gl.exp2(s - reference[:, None])
-    total = total * factor + gl.sum(weights, 1)
-    return new_top, factor, gl.convert_layout(weights.to(gl.float16), R), total
-
-
-@gluon.jit
-def _mask(s, tile, prefix_tiles, prefix, first, token, S: gl.constexpr):
-    """Scores without tokens beyond the prefix, or after the query's own; `first` is the lowest of `token`."""
-    column = gl.arange(0, TILE, gl.SliceLayout(0, S))
-    if tile < prefix_tiles:
-        if tile * TILE + TILE > prefix:
-            s = gl.where((tile * TILE + column < prefix)[None, :], s, float("-inf"))
-    else:
-        own = (tile - prefix_tiles) * TILE
-        if own + TILE - 1 > first:
-            s = gl.where((own + column)[None, :] <= token[:, None], s, float("-inf"))
-    return s
 
 
 @gluon.jit
@@ -53,16 +25,7 @@ def _consume(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    # Row r is token r // GROUP, query head r % GROUP of the group (GROUP is G, rounded up to a power of two).
-    r = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, LOAD))
-    inside = (first + r // GROUP < length) & (r % GROUP < G)
-    at = (start + first + r // GROUP).to(gl.int64) * (Hkv * G) + head * G + r % GROUP
-    channel = gl.arange(0, D, gl.SliceLayout(0, LOAD))
-    q_tile.store(gl.load(query_ptr + at[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0))
-    fence_async_shared()
-    gl.thread_barrier()
-
+    load_queries(query_ptr, q_tile, first, length, start, head, FIRST_ROW, Hkv, G, GROUP, D)
     prefix_tiles = (prefix + TILE - 1) // TILE
     token = first + (FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, S))) // GROUP
     lowest = first + FIRST_ROW // GROUP
@@ -74,8 +37,8 @@ def _consume(
     fence_async_shared()
     s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), blank, use_acc=False)
     mbarrier.arrive(k_free.index(0), count=1)
-    s = _mask(s, first_tile, prefix_tiles, prefix, lowest, token, S)
-    top, factor, p, total = _softmax_step(s, top, total, P)
+    s = mask_scores(s, first_tile, prefix_tiles, prefix, lowest, token, S)
+    top, factor, p, total = softmax_step(s, top, total, P)
     for tile in range(first_tile + 1, last_tile):
         turn = tile - first_tile
         stage = turn % STAGES
@@ -87,8 +50,8 @@ def _consume(
         s_next = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
         acc_next = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, [s_next])
-        s = _mask(s, tile, prefix_tiles, prefix, lowest, token, S)
-        top, factor, p_next, total = _softmax_step(s, top, total, P)
+        s = mask_scores(s, tile, prefix_tiles, prefix, lowest, token, S)
+        top, factor, p_next, total = softmax_step(s, top, total, P)
         mbarrier.arrive(k_free.index(stage), count=1)
         # With the new weights among its operands, so that they are computed before it and not after.
         acc, p, p_next = warpgroup_mma_wait(0, [acc_next, p, p_next])
@@ -101,12 +64,9 @@ def _consume(
     acc = warpgroup_mma(p, v_tiles.index(turn % STAGES), acc)
 
     row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, OUT))
-    inside = (first + row // GROUP < length) & (row % GROUP < G)
-    at = (start + first + row // GROUP).to(gl.int64) * (Hkv * G) + head * G + row % GROUP
+    at, inside = row_addresses(row, first, length, start, head, Hkv, G, GROUP)
     channel = gl.arange(0, D, gl.SliceLayout(0, OUT))
-    sums = gl.convert_layout(total, gl.SliceLayout(1, OUT))
-    out = acc * (1.0 / gl.where(sums > 0, sums, 1.0))[:, None]
-    lse = gl.convert_layout(top, gl.SliceLayout(1, OUT)) + gl.log2(sums)
+    out, lse = normalise(acc, top, total, OUT)
     if PARTIAL:
         at += split.to(gl.int64) * total_rows
         gl.store(lse_ptr + at, lse, mask=inside)
@@ -180,7 +140,7 @@ def extend_hopper(
     elif PARTIAL:
         # Fewer tiles than parts.
         r = gl.arange(0, 2 * CONSUMER_ROWS, gl.BlockedLayout([1], [32], [4], [0]))
-        inside = (first + r // GROUP < length) & (r % GROUP < G)
-        at = (start + first + r // GROUP).to(gl.int64) * (Hkv * G) + head * G + r % GROUP + split.to(gl.int64) * total_rows
+        at, inside = row_addresses(r, first, length, start, head, Hkv, G, GROUP)
+        at += split.to(gl.int64) * total_rows
         empty = gl.full([2 * CONSUMER_ROWS], float("-inf"), gl.float32, gl.BlockedLayout([1], [32], [4], [0]))
         gl.store(lse_ptr + at, empty, mask=inside)

@@ -112,26 +112,26 @@ def write_prefill(
     parameters: tuple[torch.Tensor, ...],
     hot: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
+    own: tuple[torch.Tensor, torch.Tensor],
     query_scale: float,
     bad_rows: torch.Tensor,
     rotate_values: bool,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """One launch for a prefill batch: queries, keys and values into their bases; rows whose pages hold hot blocks into the hot pool.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D], of one of ROW_TERMS' dtypes, rows contiguous within a token.
         slots: int [T].
         parameters, hot, block_table, bad_rows, rotate_values: as in `write_decode`.
+        own: keys and values in their bases, fp16 [T, Hkv, D], contiguous; written, bad rows zeroed.
         query_scale: multiplies the queries.
 
     Returns:
-        query fp16 [T, Hq, D]; keys and values fp16 [T, Hkv, D], bad rows zeroed; their int8 rows k8, v8 [T, Hkv, D] with scales
-        fp16 [T, Hkv, 2] (K, V).
+        query fp16 [T, Hq, D]; int8 rows of keys and values [T, Hkv, D] each, with scales fp16 [T, Hkv, 2] (K, V).
     """
     tokens, query_heads, dim = q.shape
     kv_heads = k.shape[1]
     query = torch.empty_like(q, dtype=torch.float16, memory_format=torch.contiguous_format)
-    own = tuple(torch.empty(tokens, kv_heads, dim, dtype=torch.float16, device=q.device) for _ in range(2))
     rows = (
         torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
         torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
@@ -142,6 +142,7 @@ def write_prefill(
     blocks = max(1, min(MOST_BLOCKS, all_blocks * kv_heads * (group + 2) // PROGRAMS))
     _write_prefill[(triton.cdiv(all_blocks, blocks), kv_heads, group + 2)](
         q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query, *own, *rows, bad_rows,
-        tokens, query_scale, blocks, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, X_TERMS=ROW_TERMS[q.dtype], M=ROWS, num_warps=4, num_stages=1,
+        tokens, query_scale, blocks, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, X_TERMS=ROW_TERMS[q.dtype], M=ROWS, num_warps=4,
+        num_stages=1,
     )  # fmt: skip
-    return query, own, rows
+    return query, rows

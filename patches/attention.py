@@ -101,17 +101,17 @@ class OscarAttentionBackend(AttentionBackend):
         self.runtime.attention.prepare_decode(self.plan)
 
     def _plan_extend(self, forward_batch: Any, sequences: list[Sequence]) -> None:
-        from oscar_radix.attention.triton_backend import ExtendBatch, query_blocks
+        from oscar_radix.attention.triton_backend import ExtendBatch
 
         lengths = [sequence.seq_len - sequence.prefix_len for sequence in sequences]
         layout = np.array([[sequence.prefix_len for sequence in sequences], np.cumsum([0, *lengths[:-1]]), lengths], dtype=np.int64)
-        blocks = query_blocks(lengths, self.runtime.geometry.group, torch.device("cpu"))
+        plan = self.runtime.attention.plan_extend([sequence.prefix_len for sequence in sequences], lengths)
         writes = plan_writes(self.runtime.store, sequences)
-        sent = upload_all([*writes, layout, *(part.numpy() for part in blocks)], self.req_to_token.device)
-        *write, layout, request, first = sent
+        parts = [part.numpy() for part in plan.tensors()]
+        sent = upload_all([*writes, layout, *parts], self.req_to_token.device)
+        write, layout = sent[: len(writes)], sent[len(writes)]
         where = (self.req_to_token, forward_batch.req_pool_indices, *layout.unbind())
-        splits = self.runtime.attention.extend_splits([sequence.prefix_len for sequence in sequences], lengths)
-        self.plan = ExtendBatch(WritePlan(*write), forward_batch.out_cache_loc, where, (request, first), splits)
+        self.plan = ExtendBatch(WritePlan(*write), forward_batch.out_cache_loc, where, plan.on(sent[len(writes) + 1 :]))
 
     # Run -------------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,11 @@ from oscar_radix.attention.mass import MassSample
 from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.decode import decode, decode_splits, list_hot_pages
-from oscar_radix.kernels.extend import block_tokens, extend, extend_splits
+from oscar_radix.kernels.extend import extend
+from oscar_radix.kernels.extend_dense import extend_dense
+from oscar_radix.kernels.extend_plan import ExtendPlan, plan_extend
 from oscar_radix.kernels.leave_basis import leave_basis
 from oscar_radix.kernels.seal import seal
 from oscar_radix.kernels.write import write_decode
@@ -37,22 +40,14 @@ class DecodeBatch:
 
 @dataclass(frozen=True)
 class ExtendBatch:
-    """A prefill batch: `write` of its ForwardPlan, slots int64 [T], what `extend` takes as sequences and blocks, and parts of the keys;
-    for a sampled batch the rows of `last_rows`, int64 [B, queries]."""
+    """A prefill batch: `write` of its ForwardPlan, slots int64 [T], what `extend` takes as sequences, and its plan on the device; for a
+    sampled batch the rows of `last_rows`, int64 [B, queries]."""
 
     write: WritePlan
     slots: torch.Tensor
     sequences: tuple[torch.Tensor, ...]
-    blocks: tuple[torch.Tensor, torch.Tensor]
-    splits: int
+    plan: ExtendPlan
     sample_rows: torch.Tensor | None = None
-
-
-def query_blocks(lengths: list[int], group: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Request and first position of each block of query tokens, for `group` query heads a KV head: int32 [N] each."""
-    pairs = [(request, first) for request, length in enumerate(lengths) for first in range(0, length, block_tokens(group))]
-    request, first = torch.tensor(pairs, dtype=torch.int32).T.contiguous().to(device)
-    return request, first
 
 
 class TritonAttention:
@@ -90,10 +85,13 @@ class TritonAttention:
         """Parts into which the keys of each sequence of a decode step are split."""
         return decode_splits(batch, self.store.geometry.kv_heads, self.store.geometry.group, self._multiprocessors)
 
-    def extend_splits(self, prefixes: list[int], lengths: list[int]) -> int:
-        """Parts into which the keys of a prefill batch are split, from its numbers of cached and new tokens."""
+    def plan_extend(self, prefixes: list[int], lengths: list[int]) -> ExtendPlan:
+        """The host's plan of a prefill batch, from its numbers of cached and new tokens."""
         geometry = self.store.geometry
-        return extend_splits(prefixes, lengths, geometry.kv_heads, geometry.group, self._multiprocessors)
+        dense_exists = compute_capability(self._no_mean) == 9
+        return plan_extend(
+            prefixes, lengths, geometry.kv_heads, geometry.group, geometry.head_dim, self._multiprocessors, dense_exists=dense_exists
+        )
 
     def prepare_decode(self, batch: "DecodeBatch") -> None:
         """Once a step, before the layers: which pages of each request hold hot rows."""
@@ -157,7 +155,11 @@ class TritonAttention:
         """New tokens of a prefill batch: q [T, Hq, D], k and v [T, Hkv, D]; returns [T, Hq, D] in q's dtype."""
         codec, hot, plan = self._codec(), self.store.hot, batch.write
         hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
-        query, own, rows = write_prefill(
+        # Opened rows of the prefix, if any, then those of the new tokens.
+        scratch = batch.plan.rounds.scratch_rows if batch.plan.rounds else 0
+        opened = tuple(torch.empty(scratch + len(k), *k.shape[1:], dtype=torch.float16, device=k.device) for _ in range(2))
+        own = tuple(each[scratch:] for each in opened)
+        query, rows = write_prefill(
             q,
             k,
             v,
@@ -165,6 +167,7 @@ class TritonAttention:
             codec.basis_parameters(layer),
             hot_rows,
             hot.device_block_table,
+            own,
             softmax_scale * LOG2_E,
             self.store.bad_rows,
             not codec.values_folded,
@@ -177,19 +180,11 @@ class TritonAttention:
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=q.device) if sampled else None
         folded = codec.values_folded
         target, mean = (out, codec.value_mean[layer]) if folded else (torch.empty_like(query), self._no_mean)
-        extend(
-            query,
-            own,
-            self._layer_cache(layer),
-            hot.device_block_table,
-            codec.key_parameters(layer),
-            mean,
-            batch.sequences,
-            batch.blocks,
-            batch.splits,
-            target,
-            lse,
-        )
+        cache = (self._layer_cache(layer), hot.device_block_table, codec.key_parameters(layer), mean, batch.sequences)
+        if batch.plan.rounds:
+            extend_dense(query, opened, *cache, batch.plan, target, lse)
+        else:
+            extend(query, own, *cache, batch.plan.blocks, batch.plan.splits, target, lse)
         if lse is not None:
             # The kernel's queries carry the softmax scale and log2(e), and are fp16.
             self.prefill_sample.keep_rows(layer, query, lse, batch.sample_rows)

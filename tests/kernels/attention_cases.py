@@ -123,25 +123,35 @@ def check_decode(
         assert (lse[request] - expected_lse[0]).abs().max() < 2e-2
 
 
-def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits: int, device: str = "cpu") -> None:
-    """`extend` of a batch; prefixes end anywhere, also within a page."""
-    from oscar_radix.attention.triton_backend import query_blocks
+def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits: int, device: str = "cpu", scratch_rows: int = 0) -> None:
+    """`extend` of a batch, or `extend_dense` with `scratch_rows`; prefixes end anywhere, also within a page."""
     from oscar_radix.kernels.extend import extend
+    from oscar_radix.kernels.extend_dense import extend_dense
+    from oscar_radix.kernels.extend_plan import ExtendPlan, extend_rounds, query_blocks
 
     store = random_store(geometry, sum(max(1, -(-prefix // PAGE_TOKENS)) for prefix in prefixes), seed=splits, device=device)
     table, pages = sequences_of(store, [max(1, prefix) for prefix in prefixes], device)
     draw = torch.Generator().manual_seed(2)
     dim, tokens = geometry.head_dim, sum(new)
     query = (torch.randn(tokens, geometry.query_heads, dim, generator=draw) * 0.3).half().to(device)
-    own = tuple(torch.randn(tokens, geometry.kv_heads, dim, generator=draw).half().to(device) for _ in range(2))
+    rounds = extend_rounds(prefixes, scratch_rows) if scratch_rows else None
+    scratch = rounds.scratch_rows if rounds else 0
+    opened = tuple(torch.randn(scratch + tokens, geometry.kv_heads, dim, generator=draw).half().to(device) for _ in range(2))
+    own = tuple(each[scratch:] for each in opened)
+    for each in opened:
+        each[:scratch] = math.nan
     mean = torch.randn(geometry.kv_heads, dim, generator=draw).to(device)
     to = lambda values: torch.tensor(values, device=device)  # noqa: E731
     starts = [sum(new[:request]) for request in range(len(new))]
     where = (table, to(list(range(len(new)))), to(prefixes), to(starts), to(new))
-    blocks = query_blocks(new, geometry.group, torch.device(device))
+    plan = ExtendPlan(query_blocks(new, geometry.group), splits, rounds)
+    plan = plan.on([each.to(device) for each in plan.tensors()])
     out, lse = torch.full_like(query, math.nan, dtype=torch.float32), torch.full(query.shape[:2], math.nan, device=device)
-    cache, parameters = layer_cache(store), store.codec.key_parameters(0)
-    extend(query, own, cache, store.hot.device_block_table, parameters, mean, where, blocks, splits, out, lse)
+    cache = (layer_cache(store), store.hot.device_block_table, store.codec.key_parameters(0), mean, where)
+    if rounds:
+        extend_dense(query, opened, *cache, plan, out, lse)
+    else:
+        extend(query, own, *cache, plan.blocks, splits, out, lse)
     for request, (start, count, prefix) in enumerate(zip(starts, new, prefixes, strict=True)):
         span = slice(start, start + count)
         rows = rows_of(store, pages[request], prefix)
@@ -151,6 +161,28 @@ def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits
         assert (lse[span] - expected_lse).abs().max() < 2e-2
         error = error_of(out[span], expected + mean.double().repeat_interleave(geometry.group, 0))
         assert error < 2e-3, f"{geometry}, {count} new tokens on {prefix} in {splits} parts: relative error {error:.1e}"
+
+
+def check_open(geometry: Geometry, prefixes: list[int], device: str = "cpu") -> None:
+    """`open_prefix` of whole prefixes, one after the other: rows of the prefix, then zeros up to the end of the last tile."""
+    from oscar_radix.kernels.extend_plan import extend_rounds
+    from oscar_radix.kernels.open_rows import open_prefix
+
+    store = random_store(geometry, sum(-(-prefix // PAGE_TOKENS) for prefix in prefixes), seed=len(prefixes), device=device)
+    table, pages = sequences_of(store, prefixes, device)
+    rounds = extend_rounds(prefixes, sum(prefixes) + 128 * len(prefixes))
+    shape = (rounds.scratch_rows + 5, geometry.kv_heads, geometry.head_dim)
+    opened = tuple(torch.full(shape, math.nan, dtype=torch.float16, device=device) for _ in range(2))
+    to = lambda values: torch.tensor(values, device=device)  # noqa: E731
+    sequences = (table, to(list(range(len(prefixes)))), to(prefixes))
+    codec = store.codec.key_parameters(0)
+    open_prefix(rounds.tiles[0].to(device), layer_cache(store), store.hot.device_block_table, codec, sequences, opened)
+    for prefix, each, segment in zip(prefixes, pages, rounds.segments[0].tolist(), strict=True):
+        for actual, expected in zip(opened, rows_of(store, each, prefix), strict=True):
+            first = segment[2]
+            assert error_of(actual[first : first + prefix], expected.transpose(0, 1)) < 2e-3
+            assert not actual[first + prefix : first - (-prefix // 128) * 128].any()
+    assert all(each[rounds.scratch_rows :].isnan().all() for each in opened)
 
 
 def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, device: str = "cpu") -> None:
@@ -173,7 +205,8 @@ def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, dev
         query = torch.full(q.shape, math.nan, device=device)
         write_decode(q, k, v, slots, parameters, rows, hot.device_block_table, query, bad, rotate)
     else:
-        query, own, kept = write_prefill(q, k, v, slots, parameters, rows, hot.device_block_table, 0.5, bad, rotate)
+        own = tuple(torch.full(k.shape, math.nan, dtype=torch.float16, device=device) for _ in range(2))
+        query, kept = write_prefill(q, k, v, slots, parameters, rows, hot.device_block_table, own, 0.5, bad, rotate)
         expected = codec.keys_to_basis(0, k)
         expected[0, 0] = 0.0
         for half, whole, int8, which in ((own[0], expected, kept[0], 0), (own[1], value, kept[1], 1)):
@@ -212,6 +245,8 @@ def main() -> None:
     check_decode(Geometry(1, 1, 2, 64), [64], splits=2, rotate=False, device=device, levels=(32,))
     check_extend(Geometry(1, 1, 4, 128), [100, 0], [40, 3], splits=1, device=device)
     check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3, device=device)
+    check_open(Geometry(1, 2, 6, 64), [70, 1, 33], device=device)
+    check_open(Geometry(1, 1, 4, 128), [100], device=device)
     check_write(Geometry(1, 1, 2, 64), 20, decode=False, rotate=True, device=device)
     check_write(Geometry(1, 2, 4, 64), 9, decode=True, rotate=False, device=device)
     if device == "cpu":
@@ -234,12 +269,12 @@ def check_conversation() -> None:
 
 
 def _emulate() -> None:
-    from oscar_radix.kernels import decode_hot, decode_records, extend, online_softmax, operands
+    from oscar_radix.kernels import decode_hot, decode_records, extend, online_softmax, open_rows, operands
     from tests.kernels import operand_emulation, warp_emulation
 
     mend_interpreter()
     warp_emulation.emulate(decode_records, decode_hot, online_softmax)
-    operand_emulation.emulate(operands, extend)
+    operand_emulation.emulate(operands, open_rows, extend)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Pair:
             self.rows[row, : len(slots)] = torch.from_numpy(slots).int()
 
     def step(self, counts: dict[int, int], decode: bool = False) -> None:
-        from oscar_radix.attention.triton_backend import DecodeBatch, ExtendBatch, query_blocks
+        from oscar_radix.attention.triton_backend import DecodeBatch, ExtendBatch
 
         sequences, slots = [], []
         for i, count in counts.items():
@@ -65,9 +65,8 @@ class Pair:
             lengths = list(counts.values())
             starts = np.cumsum([0, *lengths[:-1]]).tolist()
             where = (self.rows, rows, to([s.prefix_len for s in sequences]), to(starts), to(lengths))
-            blocks = query_blocks(lengths, self.geometry.group, torch.device(self.device))
-            splits = self.ours.extend_splits([s.prefix_len for s in sequences], lengths)
-            batch = ExtendBatch(plans[1].write, slots, where, blocks, splits)
+            plan = self.ours.plan_extend([s.prefix_len for s in sequences], lengths)
+            batch = ExtendBatch(plans[1].write, slots, where, plan.on([each.to(self.device) for each in plan.tensors()]))
             actual = self.ours.extend(0, q, k, v, batch, SCALE)
         error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < 6e-3, f"relative error {error:.2e} at {counts}, decode {decode}"

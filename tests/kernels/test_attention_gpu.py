@@ -5,7 +5,7 @@ import torch
 
 from oscar_radix.geometry import Geometry
 from oscar_radix.policy.base import LEVELS
-from tests.kernels.attention_cases import check_decode, check_extend, check_write
+from tests.kernels.attention_cases import check_decode, check_extend, check_open, check_write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -25,6 +25,15 @@ def test_extend(geometry):
     check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda")
     check_extend(geometry, [777, 1], [5, 200], 3, "cuda")
     check_extend(geometry, [40, 300], [2, 130], 16, "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="for Hopper")
+@pytest.mark.parametrize("geometry", SHAPES, ids=str)
+def test_extend_over_opened_rows(geometry):
+    check_open(geometry, [1003, 64, 777], "cuda")
+    check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda", scratch_rows=4096)
+    check_extend(geometry, [777, 1], [5, 200], 1, "cuda", scratch_rows=256)
+    check_extend(geometry, [130, 300, 0], [2, 130, 9], 1, "cuda", scratch_rows=128)
 
 
 @pytest.mark.parametrize("geometry", SHAPES[:3], ids=str)

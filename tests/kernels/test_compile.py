@@ -7,9 +7,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from oscar_radix.kernels import decode, extend, extend_hopper, leave_basis, seal, write, write_prefill
+from oscar_radix.kernels import decode, extend, extend_dense, extend_hopper, leave_basis, seal, write, write_prefill
 
 POINTERS = {
     **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
@@ -31,6 +32,8 @@ EXTEND_INPUTS = {
     **dict.fromkeys(("query_ptr", "k_ptr", "v_ptr"), "*fp16"),
     **dict.fromkeys(("k_codes", "v_codes", "hot_k", "hot_v"), "*i32"),
 }
+DENSE_INPUTS = {"query_ptr": "*fp16", "out_ptr": "*bf16", "segments_ptr": "*i32", **dict.fromkeys(("acc_ptr", "state_ptr"), "*fp32")}
+SWIZZLED = repr(gl.NVMMASharedLayout(128, 16, 2))
 STAGE1_INPUTS = {"scales": "*u8"}
 ONE_WARP = {"num_warps": 1, "maxnreg": 128}
 COMBINE = {"G": 4, "Hq": 32, "D": 128, "S": 256, "CHUNK": 64}
@@ -74,6 +77,18 @@ CASES = {
         {"num_warps": 4},
         EXTEND_INPUTS,
     ),
+    "extend, dense": (
+        extend_dense.extend_dense_round,
+        {"GROUP": 4, "KEEP_LSE": True, **GQA},
+        {"num_warps": 4},
+        {**DENSE_INPUTS, **dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<fp16[128, 128],{SWIZZLED}>")},
+    ),
+    "extend, dense, D 64": (
+        extend_dense.extend_dense_round,
+        {"GROUP": 4, "KEEP_LSE": False, **SMALL},
+        {"num_warps": 4},
+        {**DENSE_INPUTS, **dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<fp16[128, 64],{SWIZZLED}>")},
+    ),
     "write, decode": (
         write._write_rows,
         {"ROTATE": True, "N": 32, "M": 16, **GQA},
@@ -98,7 +113,12 @@ CASES = {
         {"num_warps": 4, "num_stages": 1},
         {**PREFILL_INPUTS, **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp16")},
     ),
-    "leave basis": (leave_basis._leave_basis, {"Hq": 32, "G": 4, "D": 128, "M": 64}, {"num_warps": 4}, {"o_ptr": "*fp16", "out_ptr": "*bf16"}),
+    "leave basis": (
+        leave_basis._leave_basis,
+        {"Hq": 32, "G": 4, "D": 128, "M": 64},
+        {"num_warps": 4},
+        {"o_ptr": "*fp16", "out_ptr": "*bf16"},
+    ),
     "seal": (
         seal._seal,
         {"HOT": True, "DECODE": True, "OVERLAP": True, "Hkv": 8, "D": 128},

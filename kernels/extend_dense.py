@@ -1,0 +1,204 @@
+"""Extend attention on Hopper over fp16 rows: a round of the opened prefix, then the chunk itself.
+
+The copy engine brings tiles of keys and values; two warpgroups compute, each with 64 query rows, and take the scores of a tile while
+the values of the tile before are being added (FlashAttention-3, arXiv 2407.08608, section 3.2). Between rounds a row's accumulator,
+maximum and total wait in memory, in float32.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from oscar_radix.kernels.extend_consumer import CONSUMER_ROWS, TILE, load_queries, mask_scores, normalise, row_addresses, softmax_step
+from oscar_radix.kernels.extend_plan import ExtendPlan
+from oscar_radix.kernels.open_rows import open_prefix
+
+STAGES = gl.constexpr(2)
+"""Tiles of keys, and of values, in shared memory."""
+
+
+@gluon.jit
+def _produce(k_rows, v_rows, tiles, prefix_tiles, scratch_row, own_row, column, k_tiles, v_tiles, k_full, v_full, k_free, v_free):
+    for turn in range(tiles):
+        stage = turn % STAGES
+        phase = ((turn // STAGES) & 1) ^ 1
+        row = gl.where(turn < prefix_tiles, scratch_row + turn * TILE, own_row + (turn - prefix_tiles) * TILE)
+        mbarrier.wait(k_free.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), k_rows.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_rows, [row, column], k_full.index(stage), k_tiles.index(stage))
+        mbarrier.wait(v_free.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), v_rows.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_rows, [row, column], v_full.index(stage), v_tiles.index(stage))
+
+
+@gluon.jit
+def _consume(
+    tiles, prefix_tiles, prefix, carried, last, length, start, first, head, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr, acc_ptr,
+    state_ptr, k_tiles, v_tiles, q_tile, order, k_full, v_full, k_free, v_free,
+    FIRST_ROW: gl.constexpr, Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, KEEP_LSE: gl.constexpr,
+):  # fmt: skip
+    """64 query rows, from FIRST_ROW of the program's 128."""
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    load_queries(query_ptr, q_tile, first, length, start, head, FIRST_ROW, Hkv, G, GROUP, D)
+    r = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, S))
+    token = first + r // GROUP
+    lowest = first + FIRST_ROW // GROUP
+    top = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+    total = gl.zeros([CONSUMER_ROWS], gl.float32, gl.SliceLayout(1, S))
+    acc = gl.zeros([CONSUMER_ROWS, D], gl.float32, OUT)
+    channel = gl.arange(0, D, gl.SliceLayout(0, OUT))
+    if carried:
+        at, inside = row_addresses(r, first, length, start, head, Hkv, G, GROUP)
+        top = gl.load(state_ptr + at, mask=inside, other=0.0)
+        total = gl.load(state_ptr + total_rows + at, mask=inside, other=0.0)
+        row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, OUT))
+        at, inside = row_addresses(row, first, length, start, head, Hkv, G, GROUP)
+        acc = gl.load(acc_ptr + at[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0)
+    blank = gl.zeros([CONSUMER_ROWS, TILE], gl.float32, S)
+    mbarrier.wait(k_full.index(0), 0)
+    s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), blank, use_acc=False)
+    mbarrier.arrive(k_free.index(0), count=1)
+    s = mask_scores(s, 0, prefix_tiles, prefix, lowest, token, S)
+    top, factor, p, total = softmax_step(s, top, total, P)
+    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+    for turn in range(1, tiles):
+        stage = turn % STAGES
+        before = (turn - 1) % STAGES
+        mbarrier.wait(k_full.index(stage), (turn // STAGES) & 1)
+        mbarrier.wait(v_full.index(before), ((turn - 1) // STAGES) & 1)
+        s_next = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
+        acc_next = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
+        s = warpgroup_mma_wait(1, [s_next])
+        s = mask_scores(s, turn, prefix_tiles, prefix, lowest, token, S)
+        top, factor, p_next, total = softmax_step(s, top, total, P)
+        # The compiler would compute the weights after the wait below; a store that needs them keeps them here.
+        order.store(total)
+        mbarrier.arrive(k_free.index(stage), count=1)
+        acc, p, p_next = warpgroup_mma_wait(0, [acc_next, p, p_next])
+        mbarrier.arrive(v_free.index(before), count=1)
+        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
+        p = p_next
+    turn = tiles - 1
+    mbarrier.wait(v_full.index(turn % STAGES), (turn // STAGES) & 1)
+    acc = warpgroup_mma(p, v_tiles.index(turn % STAGES), acc)
+
+    row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, OUT))
+    at, inside = row_addresses(row, first, length, start, head, Hkv, G, GROUP)
+    if last:
+        out, lse = normalise(acc, top, total, OUT)
+        out += gl.load(mean_ptr + head * D + channel)[None, :]
+        gl.store(out_ptr + at[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        if KEEP_LSE:
+            gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
+    else:
+        gl.store(acc_ptr + at[:, None] * D + channel[None, :], acc, mask=inside[:, None])
+        at, inside = row_addresses(r, first, length, start, head, Hkv, G, GROUP)
+        gl.store(state_ptr + at, top, mask=inside)
+        gl.store(state_ptr + total_rows + at, total, mask=inside)
+
+
+@gluon.jit(do_not_specialize=["total_rows", "own_rows"])
+def extend_dense_round(
+    query_ptr, k_rows, v_rows, mean_ptr, segments_ptr, starts_ptr, lengths_ptr, block_request, block_first,
+    out_ptr, lse_ptr, acc_ptr, state_ptr, total_rows, own_rows,
+    Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, KEEP_LSE: gl.constexpr,
+):  # fmt: skip
+    head = gl.program_id(0)
+    # Later blocks read more of their own chunk: the longest first.
+    block = gl.num_programs(1) - 1 - gl.program_id(1)
+    request = gl.load(block_request + block)
+    first = gl.load(block_first + block)
+    start = gl.load(starts_ptr + request).to(gl.int32)
+    length = gl.load(lengths_ptr + request).to(gl.int32)
+    done = gl.load(segments_ptr + request * 4)
+    prefix = gl.load(segments_ptr + request * 4 + 1) - done
+    scratch_row = gl.load(segments_ptr + request * 4 + 2)
+    last = gl.load(segments_ptr + request * 4 + 3)
+    last_token = gl.minimum(first + 2 * CONSUMER_ROWS // GROUP, length)
+    prefix_tiles = (prefix + TILE - 1) // TILE
+    tiles = prefix_tiles + last * ((last_token + TILE - 1) // TILE)
+
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], k_rows.layout)
+    v_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], v_rows.layout)
+    q_tiles = gl.allocate_shared_memory(gl.float16, [2, CONSUMER_ROWS, D], SWIZZLED)
+    order = gl.allocate_shared_memory(gl.float32, [2, CONSUMER_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=2)
+        mbarrier.init(v_free.index(stage), count=2)
+    fence_async_shared()
+    if tiles > 0:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    tiles, prefix_tiles, prefix, done > 0, last != 0, length, start, first, head, total_rows, query_ptr, mean_ptr,
+                    out_ptr, lse_ptr, acc_ptr, state_ptr, k_tiles, v_tiles, q_tiles.index(0), order.index(0), k_full, v_full, k_free,
+                    v_free, 0, Hkv, G, GROUP, D, KEEP_LSE,
+                )),
+                (_consume, (
+                    tiles, prefix_tiles, prefix, done > 0, last != 0, length, start, first, head, total_rows, query_ptr, mean_ptr,
+                    out_ptr, lse_ptr, acc_ptr, state_ptr, k_tiles, v_tiles, q_tiles.index(1), order.index(1), k_full, v_full, k_free,
+                    v_free, CONSUMER_ROWS, Hkv, G, GROUP, D, KEEP_LSE,
+                )),
+                (_produce, (
+                    k_rows, v_rows, tiles, prefix_tiles, scratch_row, own_rows + start, head * D, k_tiles, v_tiles, k_full, v_full,
+                    k_free, v_free,
+                )),
+            ],
+            [4, 1], [232, 40],
+        )  # fmt: skip
+
+
+def _tiles_of(rows: torch.Tensor) -> TensorDescriptor:
+    """Descriptor of tiles [TILE, D] of one head's rows, for `rows` [N, Hkv, D] fp16, contiguous."""
+    flat = rows.view(len(rows), -1)
+    block = [TILE.value, rows.shape[2]]
+    return TensorDescriptor.from_tensor(flat, block, gl.NVMMASharedLayout.get_default_for(block, gl.float16))
+
+
+def extend_dense(
+    query: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    layer_cache: tuple[torch.Tensor, ...],
+    block_table: torch.Tensor,
+    key_parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    value_mean: torch.Tensor,
+    sequences: tuple[torch.Tensor, ...],
+    plan: ExtendPlan,
+    out: torch.Tensor,
+    final_lse: torch.Tensor | None = None,
+) -> None:
+    """`extend` by opening the prefixes first, round by round.
+
+    Args:
+        rows: keys and values in their bases, fp16 [scratch_rows + T, Hkv, D], contiguous; the new tokens' at the end, the rest is written.
+        query, layer_cache, block_table, key_parameters, value_mean, sequences, out, final_lse: as in `extend`.
+        plan: with rounds.
+    """
+    tokens, query_heads, dim = query.shape
+    kv_heads = rows[0].shape[1]
+    group = query_heads // kv_heads
+    segments, opened, scratch = plan.rounds.segments, plan.rounds.tiles, plan.rounds.scratch_rows
+    carried = state = value_mean
+    if len(segments) > 1:
+        carried = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        state = torch.empty(2, tokens, query_heads, dtype=torch.float32, device=query.device)
+    tiles = tuple(_tiles_of(each) for each in rows)
+    for segment, open_tiles in zip(segments, opened, strict=True):
+        open_prefix(open_tiles, layer_cache, block_table, key_parameters, sequences[:3], rows)
+        extend_dense_round[(kv_heads, len(plan.blocks[0]))](
+            query, *tiles, value_mean, segment, *sequences[3:], *plan.blocks, out, value_mean if final_lse is None else final_lse, carried,
+            state, tokens * query_heads, scratch, Hkv=kv_heads, G=group, GROUP=triton.next_power_of_2(group), D=dim,
+            KEEP_LSE=final_lse is not None, num_warps=4,
+        )  # fmt: skip
