@@ -12,6 +12,7 @@ import triton.language as tl
 
 from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.extend_hopper import extend_hopper
+from oscar_radix.kernels.extend_parts import merge_parts
 from oscar_radix.kernels.extend_plan import ROWS
 from oscar_radix.kernels.open_rows import TILE, key_constants, open_tile
 from oscar_radix.kernels.operands import halves
@@ -82,28 +83,6 @@ def _extend(
     tl.store(out_ptr + at_row[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
-@triton.jit(do_not_specialize=["splits", "total_rows"])
-def _merge_parts(
-    partial_ptr, lse_ptr, mean_ptr, out_ptr, final_lse_ptr, splits, total_rows,
-    Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, S: tl.constexpr, KEEP_LSE: tl.constexpr,
-):  # fmt: skip
-    """Merge the parts of one query row; still in the value basis, V's mean added."""
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, D)
-    part = tl.arange(0, S)
-    lse = tl.load(lse_ptr + part * total_rows + row, mask=part < splits, other=float("-inf"))
-    top = tl.max(lse, 0)
-    weights = tl.exp2(lse - top)
-    total = tl.sum(weights, 0)
-    at = (part.to(tl.int64) * total_rows + row)[:, None] * D + channel[None, :]
-    # An empty part wrote no output: its weight is 0 and it is not read.
-    parts = tl.load(partial_ptr + at, mask=((part < splits) & (weights > 0))[:, None], other=0.0)
-    out = tl.sum(parts * (weights / total)[:, None], 0) + tl.load(mean_ptr + (row % Hq) // G * D + channel)
-    tl.store(out_ptr + row * D + channel, out.to(out_ptr.dtype.element_ty))
-    if KEEP_LSE:
-        tl.store(final_lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453)
-
-
 def extend(
     query: torch.Tensor,
     own: tuple[torch.Tensor, torch.Tensor],
@@ -159,18 +138,4 @@ def extend(
     else:
         _extend[grid](*arguments, **constants, M=ROWS, num_warps=8, num_stages=1)
     if splits > 1:
-        _merge_parts[(rows,)](
-            target,
-            lse,
-            value_mean,
-            out,
-            kept,
-            splits,
-            rows,
-            Hq=query_heads,
-            G=group,
-            D=dim,
-            S=triton.next_power_of_2(splits),
-            KEEP_LSE=keep,
-            num_warps=1,
-        )
+        merge_parts(target, lse, value_mean, out, final_lse)

@@ -2,7 +2,7 @@
 
 The copy engine brings tiles of keys and values; two warpgroups compute, each with 64 query rows, and take the scores of a tile while
 the values of the tile before are being added (FlashAttention-3, arXiv 2407.08608, section 3.2). Between rounds a row's accumulator,
-maximum and total wait in memory, in float32.
+maximum and total wait in memory, in float32. Small chunks are split over the tiles of a round, each part with rows of its own to wait in.
 """
 
 import torch
@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from oscar_radix.kernels.extend_consumer import CONSUMER_ROWS, TILE, load_queries, mask_scores, normalise, row_addresses, softmax_step
+from oscar_radix.kernels.extend_parts import merge_parts
 from oscar_radix.kernels.extend_plan import ExtendPlan
 from oscar_radix.kernels.open_rows import open_prefix
 
@@ -21,11 +22,14 @@ STAGES = gl.constexpr(2)
 
 
 @gluon.jit
-def _produce(k_rows, v_rows, tiles, prefix_tiles, scratch_row, own_row, column, k_tiles, v_tiles, k_full, v_full, k_free, v_free):
-    for turn in range(tiles):
+def _produce(
+    k_rows, v_rows, first_tile, last_tile, prefix_tiles, scratch_row, own_row, column, k_tiles, v_tiles, k_full, v_full, k_free, v_free
+):
+    for tile in range(first_tile, last_tile):
+        turn = tile - first_tile
         stage = turn % STAGES
         phase = ((turn // STAGES) & 1) ^ 1
-        row = gl.where(turn < prefix_tiles, scratch_row + turn * TILE, own_row + (turn - prefix_tiles) * TILE)
+        row = gl.where(tile < prefix_tiles, scratch_row + tile * TILE, own_row + (tile - prefix_tiles) * TILE)
         mbarrier.wait(k_free.index(stage), phase)
         mbarrier.expect(k_full.index(stage), k_rows.block_type.nbytes)
         tma.async_copy_global_to_shared(k_rows, [row, column], k_full.index(stage), k_tiles.index(stage))
@@ -36,9 +40,10 @@ def _produce(k_rows, v_rows, tiles, prefix_tiles, scratch_row, own_row, column, 
 
 @gluon.jit
 def _consume(
-    tiles, prefix_tiles, prefix, carried, last, length, start, first, head, total_rows, query_ptr, mean_ptr, out_ptr, lse_ptr, acc_ptr,
-    state_ptr, k_tiles, v_tiles, q_tile, order, k_full, v_full, k_free, v_free,
-    FIRST_ROW: gl.constexpr, Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, KEEP_LSE: gl.constexpr,
+    first_tile, last_tile, prefix_tiles, prefix, empty, carried, last, length, start, first, head, part_rows, all_rows, query_ptr,
+    mean_ptr, out_ptr, lse_ptr, acc_ptr, state_ptr, k_tiles, v_tiles, q_tile, order, k_full, v_full, k_free, v_free,
+    FIRST_ROW: gl.constexpr, Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr,
+    KEEP_LSE: gl.constexpr,
 ):  # fmt: skip
     """64 query rows, from FIRST_ROW of the program's 128."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -46,27 +51,29 @@ def _consume(
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     load_queries(query_ptr, q_tile, first, length, start, head, FIRST_ROW, Hkv, G, GROUP, D)
     r = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, S))
-    token = first + r // GROUP
-    lowest = first + FIRST_ROW // GROUP
+    # A part without tiles takes one that none of its rows sees.
+    token = gl.where(empty, -1, first + r // GROUP)
+    lowest = gl.where(empty, -1, first + FIRST_ROW // GROUP)
     top = gl.full([CONSUMER_ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
     total = gl.zeros([CONSUMER_ROWS], gl.float32, gl.SliceLayout(1, S))
     acc = gl.zeros([CONSUMER_ROWS, D], gl.float32, OUT)
     channel = gl.arange(0, D, gl.SliceLayout(0, OUT))
     if carried:
-        at, inside = row_addresses(r, first, length, start, head, Hkv, G, GROUP)
-        top = gl.load(state_ptr + at, mask=inside, other=0.0)
-        total = gl.load(state_ptr + total_rows + at, mask=inside, other=0.0)
+        row_at, there = row_addresses(r, first, length, start, head, Hkv, G, GROUP)
+        top = gl.load(state_ptr + part_rows + row_at, mask=there, other=0.0)
+        total = gl.load(state_ptr + all_rows + part_rows + row_at, mask=there, other=0.0)
         row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, OUT))
         at, inside = row_addresses(row, first, length, start, head, Hkv, G, GROUP)
-        acc = gl.load(acc_ptr + at[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0)
+        acc = gl.load(acc_ptr + (part_rows + at)[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0)
     blank = gl.zeros([CONSUMER_ROWS, TILE], gl.float32, S)
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), blank, use_acc=False)
     mbarrier.arrive(k_free.index(0), count=1)
-    s = mask_scores(s, 0, prefix_tiles, prefix, lowest, token, S)
+    s = mask_scores(s, first_tile, prefix_tiles, prefix, lowest, token, S)
     top, factor, p, total = softmax_step(s, top, total, P)
     acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-    for turn in range(1, tiles):
+    for tile in range(first_tile + 1, last_tile):
+        turn = tile - first_tile
         stage = turn % STAGES
         before = (turn - 1) % STAGES
         mbarrier.wait(k_full.index(stage), (turn // STAGES) & 1)
@@ -74,7 +81,7 @@ def _consume(
         s_next = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
         acc_next = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
         s = warpgroup_mma_wait(1, [s_next])
-        s = mask_scores(s, turn, prefix_tiles, prefix, lowest, token, S)
+        s = mask_scores(s, tile, prefix_tiles, prefix, lowest, token, S)
         top, factor, p_next, total = softmax_step(s, top, total, P)
         # The compiler would compute the weights after the wait below; a store that needs them keeps them here.
         order.store(total)
@@ -83,7 +90,7 @@ def _consume(
         mbarrier.arrive(v_free.index(before), count=1)
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
         p = p_next
-    turn = tiles - 1
+    turn = last_tile - 1 - first_tile
     mbarrier.wait(v_full.index(turn % STAGES), (turn // STAGES) & 1)
     acc = warpgroup_mma(p, v_tiles.index(turn % STAGES), acc)
 
@@ -91,26 +98,31 @@ def _consume(
     at, inside = row_addresses(row, first, length, start, head, Hkv, G, GROUP)
     if last:
         out, lse = normalise(acc, top, total, OUT)
-        out += gl.load(mean_ptr + head * D + channel)[None, :]
+        if PARTIAL:
+            at += part_rows
+            gl.store(lse_ptr + at, lse, mask=inside)
+        else:
+            out += gl.load(mean_ptr + head * D + channel)[None, :]
+            if KEEP_LSE:
+                gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
         gl.store(out_ptr + at[:, None] * D + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
-        if KEEP_LSE:
-            gl.store(lse_ptr + at, lse * 0.6931471805599453, mask=inside)
     else:
-        gl.store(acc_ptr + at[:, None] * D + channel[None, :], acc, mask=inside[:, None])
-        at, inside = row_addresses(r, first, length, start, head, Hkv, G, GROUP)
-        gl.store(state_ptr + at, top, mask=inside)
-        gl.store(state_ptr + total_rows + at, total, mask=inside)
+        gl.store(acc_ptr + (part_rows + at)[:, None] * D + channel[None, :], acc, mask=inside[:, None])
+        row_at, there = row_addresses(r, first, length, start, head, Hkv, G, GROUP)
+        gl.store(state_ptr + part_rows + row_at, top, mask=there)
+        gl.store(state_ptr + all_rows + part_rows + row_at, total, mask=there)
 
 
-@gluon.jit(do_not_specialize=["total_rows", "own_rows"])
+@gluon.jit(do_not_specialize=["total_rows", "own_rows", "splits"])
 def extend_dense_round(
     query_ptr, k_rows, v_rows, mean_ptr, segments_ptr, starts_ptr, lengths_ptr, block_request, block_first,
-    out_ptr, lse_ptr, acc_ptr, state_ptr, total_rows, own_rows,
-    Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, KEEP_LSE: gl.constexpr,
+    out_ptr, lse_ptr, acc_ptr, state_ptr, total_rows, own_rows, splits,
+    Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr, KEEP_LSE: gl.constexpr,
 ):  # fmt: skip
     head = gl.program_id(0)
     # Later blocks read more of their own chunk: the longest first.
     block = gl.num_programs(1) - 1 - gl.program_id(1)
+    split = gl.program_id(2)
     request = gl.load(block_request + block)
     first = gl.load(block_first + block)
     start = gl.load(starts_ptr + request).to(gl.int32)
@@ -122,6 +134,13 @@ def extend_dense_round(
     last_token = gl.minimum(first + 2 * CONSUMER_ROWS // GROUP, length)
     prefix_tiles = (prefix + TILE - 1) // TILE
     tiles = prefix_tiles + last * ((last_token + TILE - 1) // TILE)
+    first_tile = split * tiles // splits
+    last_tile = (split + 1) * tiles // splits
+    empty = first_tile == last_tile
+    first_tile = gl.where(empty, prefix_tiles, first_tile)
+    last_tile = gl.where(empty, prefix_tiles + 1, last_tile)
+    part_rows = split.to(gl.int64) * total_rows
+    all_rows = splits.to(gl.int64) * total_rows
 
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], k_rows.layout)
@@ -142,18 +161,18 @@ def extend_dense_round(
         gl.warp_specialize(
             [
                 (_consume, (
-                    tiles, prefix_tiles, prefix, done > 0, last != 0, length, start, first, head, total_rows, query_ptr, mean_ptr,
-                    out_ptr, lse_ptr, acc_ptr, state_ptr, k_tiles, v_tiles, q_tiles.index(0), order.index(0), k_full, v_full, k_free,
-                    v_free, 0, Hkv, G, GROUP, D, KEEP_LSE,
+                    first_tile, last_tile, prefix_tiles, prefix, empty, done > 0, last != 0, length, start, first, head, part_rows,
+                    all_rows, query_ptr, mean_ptr, out_ptr, lse_ptr, acc_ptr, state_ptr, k_tiles, v_tiles, q_tiles.index(0),
+                    order.index(0), k_full, v_full, k_free, v_free, 0, Hkv, G, GROUP, D, PARTIAL, KEEP_LSE,
                 )),
                 (_consume, (
-                    tiles, prefix_tiles, prefix, done > 0, last != 0, length, start, first, head, total_rows, query_ptr, mean_ptr,
-                    out_ptr, lse_ptr, acc_ptr, state_ptr, k_tiles, v_tiles, q_tiles.index(1), order.index(1), k_full, v_full, k_free,
-                    v_free, CONSUMER_ROWS, Hkv, G, GROUP, D, KEEP_LSE,
+                    first_tile, last_tile, prefix_tiles, prefix, empty, done > 0, last != 0, length, start, first, head, part_rows,
+                    all_rows, query_ptr, mean_ptr, out_ptr, lse_ptr, acc_ptr, state_ptr, k_tiles, v_tiles, q_tiles.index(1),
+                    order.index(1), k_full, v_full, k_free, v_free, CONSUMER_ROWS, Hkv, G, GROUP, D, PARTIAL, KEEP_LSE,
                 )),
                 (_produce, (
-                    k_rows, v_rows, tiles, prefix_tiles, scratch_row, own_rows + start, head * D, k_tiles, v_tiles, k_full, v_full,
-                    k_free, v_free,
+                    k_rows, v_rows, first_tile, last_tile, prefix_tiles, scratch_row, own_rows + start, head * D, k_tiles, v_tiles,
+                    k_full, v_full, k_free, v_free,
                 )),
             ],
             [4, 1], [232, 40],
@@ -190,15 +209,21 @@ def extend_dense(
     kv_heads = rows[0].shape[1]
     group = query_heads // kv_heads
     segments, opened, scratch = plan.rounds.segments, plan.rounds.tiles, plan.rounds.scratch_rows
+    keep, parts = final_lse is not None, plan.splits > 1
+    target, lse = out, final_lse if keep else value_mean
     carried = state = value_mean
-    if len(segments) > 1:
-        carried = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        state = torch.empty(2, tokens, query_heads, dtype=torch.float32, device=query.device)
+    if parts or len(segments) > 1:
+        carried = torch.empty(plan.splits, *query.shape, dtype=torch.float32, device=query.device)
+        state = torch.empty(2, plan.splits, tokens, query_heads, dtype=torch.float32, device=query.device)
+    if parts:
+        target, lse = carried, torch.empty(plan.splits, tokens, query_heads, dtype=torch.float32, device=query.device)
     tiles = tuple(_tiles_of(each) for each in rows)
     for segment, open_tiles in zip(segments, opened, strict=True):
         open_prefix(open_tiles, layer_cache, block_table, key_parameters, sequences[:3], rows)
-        extend_dense_round[(kv_heads, len(plan.blocks[0]))](
-            query, *tiles, value_mean, segment, *sequences[3:], *plan.blocks, out, value_mean if final_lse is None else final_lse, carried,
-            state, tokens * query_heads, scratch, Hkv=kv_heads, G=group, GROUP=triton.next_power_of_2(group), D=dim,
-            KEEP_LSE=final_lse is not None, num_warps=4,
+        extend_dense_round[(kv_heads, len(plan.blocks[0]), plan.splits)](
+            query, *tiles, value_mean, segment, *sequences[3:], *plan.blocks, target, lse, carried, state, tokens * query_heads, scratch,
+            plan.splits, Hkv=kv_heads, G=group, GROUP=triton.next_power_of_2(group), D=dim, PARTIAL=parts, KEEP_LSE=keep and not parts,
+            num_warps=4,
         )  # fmt: skip
+    if parts:
+        merge_parts(target, lse, value_mean, out, final_lse)

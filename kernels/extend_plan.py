@@ -18,7 +18,7 @@ ROUND_TILE = 128
 LARGEST_SPLIT = 16
 MIN_PART_TILES = 4
 
-DENSE_TOKENS = 384
+DENSE_TOKENS = 96
 """New tokens a cached token, on average, from which opening it once is faster (benchmarks/extend.py)."""
 SCRATCH_BYTES = 128 * 2**20
 
@@ -73,7 +73,7 @@ class ExtendRounds:
 
 @dataclass(frozen=True)
 class ExtendPlan:
-    """What the extend kernels take besides the batch: blocks of queries; and rounds, or else the number of parts of the keys."""
+    """What the extend kernels take besides the batch: blocks of queries, the number of parts of the keys, and rounds if it is dense."""
 
     blocks: tuple[torch.Tensor, torch.Tensor]
     splits: int
@@ -132,5 +132,7 @@ def plan_extend(
     blocks = query_blocks(lengths, group)
     if dense_exists and is_dense(prefixes, lengths):
         rows = SCRATCH_BYTES // (4 * kv_heads * head_dim) // ROUND_TILE * ROUND_TILE
-        return ExtendPlan(blocks, 1, extend_rounds(prefixes, rows))
+        at_once = [min(prefix, rows) for prefix in prefixes]
+        splits = extend_splits(at_once, lengths, kv_heads, group, multiprocessors)
+        return ExtendPlan(blocks, splits, extend_rounds(prefixes, rows))
     return ExtendPlan(blocks, extend_splits(prefixes, lengths, kv_heads, group, multiprocessors), None)

@@ -32,8 +32,8 @@ def test_extend(geometry):
 def test_extend_over_opened_rows(geometry):
     check_open(geometry, [1003, 64, 777], "cuda")
     check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda", scratch_rows=4096)
-    check_extend(geometry, [777, 1], [5, 200], 1, "cuda", scratch_rows=256)
-    check_extend(geometry, [130, 300, 0], [2, 130, 9], 1, "cuda", scratch_rows=128)
+    check_extend(geometry, [777, 1], [5, 200], 3, "cuda", scratch_rows=256)
+    check_extend(geometry, [130, 300, 0], [2, 130, 9], 16, "cuda", scratch_rows=128)
 
 
 @pytest.mark.parametrize("geometry", SHAPES[:3], ids=str)

@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from oscar_radix.kernels import decode, extend, extend_dense, extend_hopper, leave_basis, seal, write, write_prefill
+from oscar_radix.kernels import decode, extend, extend_dense, extend_hopper, extend_parts, leave_basis, seal, write, write_prefill
 
 POINTERS = {
     **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
@@ -64,7 +64,12 @@ CASES = {
         {"num_warps": 8, "num_stages": 1},
         EXTEND_INPUTS,
     ),
-    "merge parts": (extend._merge_parts, {"Hq": 32, "G": 4, "D": 128, "S": 4, "KEEP_LSE": True}, {"num_warps": 1}, {"out_ptr": "*bf16"}),
+    "merge parts": (
+        extend_parts._merge_parts,
+        {"Hq": 32, "G": 4, "D": 128, "S": 4, "KEEP_LSE": True},
+        {"num_warps": 1},
+        {"out_ptr": "*bf16"},
+    ),
     "extend, hopper": (
         extend_hopper.extend_hopper,
         {"GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA},
@@ -79,13 +84,13 @@ CASES = {
     ),
     "extend, dense": (
         extend_dense.extend_dense_round,
-        {"GROUP": 4, "KEEP_LSE": True, **GQA},
+        {"GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA},
         {"num_warps": 4},
         {**DENSE_INPUTS, **dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<fp16[128, 128],{SWIZZLED}>")},
     ),
     "extend, dense, D 64": (
         extend_dense.extend_dense_round,
-        {"GROUP": 4, "KEEP_LSE": False, **SMALL},
+        {"GROUP": 4, "PARTIAL": True, "KEEP_LSE": False, **SMALL},
         {"num_warps": 4},
         {**DENSE_INPUTS, **dict.fromkeys(("k_rows", "v_rows"), f"tensordesc<fp16[128, 64],{SWIZZLED}>")},
     ),
@@ -165,7 +170,7 @@ def test_compiles(name, capability):
     assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
 
 
-@pytest.mark.parametrize("name", ["extend, hopper", "extend, hopper, parts"])
+@pytest.mark.parametrize("name", ["extend, hopper", "extend, hopper, parts", "extend, dense", "extend, dense, D 64"])
 def test_tensor_core_instructions_of_hopper_stay_asynchronous(name, tmp_path):
     compiled = compile_case(name, 90)
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])
