@@ -54,8 +54,8 @@ def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = Fa
     attention.prepare_decode(step)
     q = torch.randn(batch, geometry.query_heads, dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(batch, geometry.kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    splits = attention.splits(batch)
-    workspace = tuple(torch.empty(batch, geometry.query_heads, splits, *end, device="cuda") for end in ((dim,), ()))
+    parts = attention.parts(batch)
+    workspace = tuple(torch.empty(geometry.query_heads, parts, *end, device="cuda") for end in ((dim,), ()))
     query, out = q.float(), torch.empty_like(q)
 
     def launch(layer: int) -> None:
@@ -64,8 +64,8 @@ def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = Fa
             return
         cache, codec = attention._layer_cache(layer), store.codec
         parameters = (codec.key_parameters(layer), codec.value_parameters(layer))
-        hot = (attention._hot_pages[:batch], attention._hot_counts[:batch])
-        decode(query, cache, store.hot.device_block_table, *parameters, (table, rows, last + 1), hot, workspace, out, SCALE, False)
+        plan = attention.decode_plan(batch)
+        decode(query, cache, store.hot.device_block_table, *parameters, (table, rows, last + 1), plan, workspace, out, SCALE, False)
 
     launches = [lambda layer=layer: launch(layer) for layer in range(LAYERS)]
     microseconds = graph_microseconds(launches)

@@ -22,11 +22,11 @@ SMALLEST_GRAPH = 20
 OURS = {
     "ours: stage 1": ("_stage1",),
     "ours: combine": ("_combine",),
-    "ours: write": ("_write_rows",),
+    "ours: write": ("_write_rows", "_write_prefill"),
     "ours: seal": ("_seal",),
-    "ours: list": ("_list_hot_pages",),
+    "ours: plan": ("_list_hot_pages", "_assign_parts"),
     "ours: levels and mass": ("_keep_rows", "mass_records", "_add_mass"),
-    "ours: extend": ("_extend", "extend_hopper", "_merge_parts", "_leave_basis"),
+    "ours: extend": ("_extend", "extend_hopper", "extend_dense_round", "_open_prefix", "_merge_parts", "_leave_basis"),
 }
 """Names of our kernels by group; a trace calls a Triton kernel by its function's name."""
 

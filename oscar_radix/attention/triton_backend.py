@@ -9,7 +9,8 @@ from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.capability import compute_capability
-from oscar_radix.kernels.decode import decode, decode_splits, list_hot_pages
+from oscar_radix.kernels.decode import decode
+from oscar_radix.kernels.decode_plan import DecodePlan, decode_parts, plan_decode
 from oscar_radix.kernels.extend import extend
 from oscar_radix.kernels.extend_dense import extend_dense
 from oscar_radix.kernels.extend_plan import ExtendPlan, plan_extend
@@ -74,16 +75,19 @@ class TritonAttention:
             )
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._no_mean = torch.zeros(geometry.kv_heads, geometry.head_dim, dtype=torch.float32, device=device)
-        rows = max(count * self.splits(count) for count in range(1, max_requests + 1))
-        self._partial = torch.empty(rows * geometry.query_heads * geometry.head_dim, dtype=torch.float32, device=device)
-        self._lse = torch.empty(rows * geometry.query_heads, dtype=torch.float32, device=device)
+        parts = self.parts(max_requests)
+        self._partial = torch.empty(geometry.query_heads * parts * geometry.head_dim, dtype=torch.float32, device=device)
+        self._lse = torch.empty(geometry.query_heads * parts, dtype=torch.float32, device=device)
         largest = min(-(-max_tokens // PAGE_TOKENS), store.hot.capacity)
-        self._hot_pages = torch.zeros(max_requests, largest, dtype=torch.int32, device=device)
-        self._hot_counts = torch.zeros(max_requests, 4, dtype=torch.int32, device=device)
+        self._plan = DecodePlan.empty(max_requests, largest, parts, device)
 
-    def splits(self, batch: int) -> int:
-        """Parts into which the keys of each sequence of a decode step are split."""
-        return decode_splits(batch, self.store.geometry.kv_heads, self.store.geometry.group, self._multiprocessors)
+    def parts(self, batch: int) -> int:
+        """Parts of a decode step, see `decode_plan`."""
+        return decode_parts(batch, self.store.geometry.kv_heads, self.store.geometry.group, self._multiprocessors)
+
+    def decode_plan(self, batch: int) -> DecodePlan:
+        """Where the plan of a step of `batch` sequences is."""
+        return self._plan.of(batch, self.parts(batch))
 
     def plan_extend(self, prefixes: list[int], lengths: list[int]) -> ExtendPlan:
         """The host's plan of a prefill batch, from its numbers of cached and new tokens."""
@@ -94,10 +98,9 @@ class TritonAttention:
         )
 
     def prepare_decode(self, batch: "DecodeBatch") -> None:
-        """Once a step, before the layers: which pages of each request hold hot rows."""
-        count = len(batch.rows)
-        hot = (self._hot_pages[:count], self._hot_counts[:count])
-        list_hot_pages((batch.req_to_token, batch.rows, batch.lengths), self.store.hot.device_levels, hot)
+        """Once a step, before the layers: its plan."""
+        sequences = (batch.req_to_token, batch.rows, batch.lengths)
+        plan_decode(sequences, self.store.hot.device_levels, self.decode_plan(len(batch.rows)))
 
     def decode(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: DecodeBatch, softmax_scale: float
@@ -120,10 +123,10 @@ class TritonAttention:
             not codec.values_folded,
         )
         seal(batch.slots, hot_rows, self._records(layer), codec.seal_parameters(layer), hot.device_block_table, newest_slots=True)
-        splits = self.splits(count)
+        parts = self.parts(count)
         workspace = (
-            self._partial[: count * query_heads * splits * dim].view(count, query_heads, splits, dim),
-            self._lse[: count * query_heads * splits].view(count, query_heads, splits),
+            self._partial[: query_heads * parts * dim].view(query_heads, parts, dim),
+            self._lse[: query_heads * parts].view(query_heads, parts),
         )
         out = torch.empty_like(query, dtype=q.dtype)
         decode(
@@ -133,7 +136,7 @@ class TritonAttention:
             codec.key_parameters(layer),
             codec.value_parameters(layer),
             (batch.req_to_token, batch.rows, batch.lengths),
-            (self._hot_pages[:count], self._hot_counts[:count]),
+            self.decode_plan(count),
             workspace,
             out,
             softmax_scale,

@@ -71,13 +71,35 @@ def error_of(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm()).nan_to_num(math.inf).item()
 
 
+def check_plan(lengths: list[int], pages_at: list[tuple[int, int, int, int]], parts: int, device: str = "cpu") -> None:
+    """`_assign_parts` against its definition: shares with the least largest cost of a part; `pages_at` levels 32, 8, 4, 2."""
+    from oscar_radix.kernels.decode_plan import HOT_TILE_COST, PROGRAM_TILES, DecodePlan, assign_parts
+
+    costs, least = [], []
+    for length, (whole, eights, fours, twos) in zip(lengths, pages_at, strict=True):
+        records = -(-length // PAGE_TOKENS) - whole
+        tiles = whole - (-eights // 4) - (-fours // 8) - (-twos // 16)
+        costs.append(records + HOT_TILE_COST.value * tiles)
+        least.append(2 if records and tiles else 1)
+    shares = lambda most: [max(-(-cost // most), few) for cost, few in zip(costs, least, strict=True)]  # noqa: E731
+    most = next(most for most in range(PROGRAM_TILES.value, max(costs) + 4) if sum(shares(most)) <= parts)
+    plan = DecodePlan.empty(len(lengths), 1, parts, torch.device(device))
+    plan.counts.copy_(torch.tensor(pages_at))
+    plan.requests.fill_(-7)
+    assign_parts(torch.tensor(lengths, device=device), plan)
+    assert plan.starts.diff().tolist() == shares(most)
+    owners = [request for request, share in enumerate(shares(most)) for _ in range(share)]
+    assert plan.requests.tolist() == owners + [-1] * (parts - len(owners))
+
+
 def check_decode(
-    geometry: Geometry, lengths: list[int], splits: int, rotate: bool, device: str = "cpu", levels: tuple[int, ...] = LEVELS
+    geometry: Geometry, lengths: list[int], parts: int, rotate: bool, device: str = "cpu", levels: tuple[int, ...] = LEVELS
 ) -> None:
     """`decode` of one new token a sequence; the last page of a sequence that does not fill it is whole."""
-    from oscar_radix.kernels.decode import decode, list_hot_pages
+    from oscar_radix.kernels.decode import decode
+    from oscar_radix.kernels.decode_plan import DecodePlan, plan_decode
 
-    store = random_store(geometry, sum(-(-length // PAGE_TOKENS) for length in lengths), seed=splits, device=device, levels=levels)
+    store = random_store(geometry, sum(-(-length // PAGE_TOKENS) for length in lengths), seed=parts, device=device, levels=levels)
     table, pages = sequences_of(store, lengths, device)
     for length, each in zip(lengths, pages, strict=True):
         last = int(each[-1])
@@ -91,11 +113,12 @@ def check_decode(
     query = torch.randn(len(lengths), geometry.query_heads, geometry.head_dim, generator=draw).to(device)
     where = (table, torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
     longest = max(len(each) for each in pages)
-    hot = tuple(torch.full((len(lengths), width), -7, dtype=torch.int32, device=device) for width in (longest, 4))
-    list_hot_pages(where, store.hot.device_levels, hot)
-    poison = [
-        torch.full(shape, math.nan, device=device) for shape in ((*query.shape[:2], splits, geometry.head_dim), (*query.shape[:2], splits))
-    ]
+    plan = DecodePlan.empty(len(lengths), longest, parts, torch.device(device))
+    for each in (plan.pages, plan.counts, plan.starts, plan.requests):
+        each.fill_(-7)
+    plan_decode(where, store.hot.device_levels, plan)
+    shapes = ((geometry.query_heads, parts, geometry.head_dim), (geometry.query_heads, parts))
+    poison = tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
     out, lse = torch.full_like(query, math.nan), torch.full(query.shape[:2], math.nan, device=device)
     codec = store.codec
     values = codec.value_parameters(0)
@@ -106,8 +129,8 @@ def check_decode(
         codec.key_parameters(0),
         values,
         where,
-        hot,
-        tuple(poison),
+        plan,
+        poison,
         out,
         SCALE,
         rotate,
@@ -119,7 +142,7 @@ def check_decode(
         rotation, mean = (each.double().repeat_interleave(geometry.group, 0) for each in values)
         expected = (torch.einsum("thc,hec->the", expected, rotation) if rotate else expected) + mean
         error = error_of(out[request : request + 1], expected)
-        assert error < 2e-3, f"{geometry}, {length} tokens in {splits} parts: relative error {error:.1e}"
+        assert error < 2e-3, f"{geometry}, {length} tokens, {parts} parts: relative error {error:.1e}"
         assert (lse[request] - expected_lse[0]).abs().max() < 2e-2
 
 
@@ -238,11 +261,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         _emulate()
-    check_decode(Geometry(1, 1, 4, 128), [150, 33], splits=3, rotate=True, device=device)
-    check_decode(Geometry(1, 2, 6, 64), [100, 1], splits=4, rotate=False, device=device)
-    check_decode(Geometry(1, 1, 10, 64), [70], splits=2, rotate=False, device=device)
-    check_decode(Geometry(1, 1, 2, 128), [96], splits=2, rotate=False, device=device, levels=(0,))
-    check_decode(Geometry(1, 1, 2, 64), [64], splits=2, rotate=False, device=device, levels=(32,))
+    check_plan([31500, 33, 1, 4000], [(0, 3, 8, 900), (2, 0, 0, 0), (1, 0, 0, 0), (0, 0, 0, 0)], parts=20, device=device)
+    check_plan([700] * 3, [(5, 5, 5, 0)] * 3, parts=264, device=device)
+    check_plan([64], [(0, 1, 0, 0)], parts=2, device=device)
+    check_decode(Geometry(1, 1, 4, 128), [150, 33], parts=6, rotate=True, device=device)
+    check_decode(Geometry(1, 2, 6, 64), [100, 1], parts=9, rotate=False, device=device)
+    check_decode(Geometry(1, 1, 10, 64), [70], parts=2, rotate=False, device=device)
+    check_decode(Geometry(1, 1, 2, 128), [96], parts=2, rotate=False, device=device, levels=(0,))
+    check_decode(Geometry(1, 1, 2, 64), [64], parts=2, rotate=False, device=device, levels=(32,))
     check_extend(Geometry(1, 1, 4, 128), [100, 0], [40, 3], splits=1, device=device)
     check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3, device=device)
     check_open(Geometry(1, 2, 6, 64), [70, 1, 33], device=device)

@@ -1,11 +1,13 @@
 """Decode and extend kernels against float64 attention, on a CUDA device: odd sizes, every level, poisoned outputs."""
 
+import random
+
 import pytest
 import torch
 
 from oscar_radix.geometry import Geometry
 from oscar_radix.policy.base import LEVELS
-from tests.kernels.attention_cases import check_decode, check_extend, check_open, check_write
+from tests.kernels.attention_cases import check_decode, check_extend, check_open, check_plan, check_write
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -14,10 +16,21 @@ SHAPES = [Geometry(1, 8, 32, 128), Geometry(1, 4, 28, 128), Geometry(1, 3, 9, 64
 
 @pytest.mark.parametrize("geometry", SHAPES, ids=str)
 def test_decode(geometry):
-    for splits, rotate in ((2, True), (7, False), (33, False)):
-        check_decode(geometry, [1, 33, 700, 1500, 1280], splits, rotate, "cuda")
+    for parts, rotate in ((10, True), (35, False), (165, False)):
+        check_decode(geometry, [1, 33, 700, 1500, 1280], parts, rotate, "cuda")
     for level in LEVELS:
-        check_decode(geometry, [320, 95], 3, False, "cuda", levels=(level,))
+        check_decode(geometry, [320, 95], 6, False, "cuda", levels=(level,))
+
+
+def test_plan():
+    draw = random.Random(1)
+    for batch, parts in ((1, 264), (3, 7), (64, 264), (300, 600), (17, 1024)):
+        lengths = [draw.choice((1, 33, 700, draw.randrange(1, 70000))) for _ in range(batch)]
+        pages_at = []
+        for length in lengths:
+            pages = -(-length // 32)
+            pages_at.append([draw.randrange(pages // 4 + 1) for _ in range(4)] if draw.random() < 0.7 else [0] * 4)
+        check_plan(lengths, pages_at, parts, "cuda")
 
 
 @pytest.mark.parametrize("geometry", SHAPES, ids=str)

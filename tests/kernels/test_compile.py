@@ -10,7 +10,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from oscar_radix.kernels import decode, extend, extend_dense, extend_hopper, extend_parts, leave_basis, seal, write, write_prefill
+from oscar_radix.kernels import (
+    decode,
+    decode_plan,
+    extend,
+    extend_dense,
+    extend_hopper,
+    extend_parts,
+    leave_basis,
+    open_rows,
+    seal,
+    write,
+    write_prefill,
+)
 
 POINTERS = {
     **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
@@ -19,6 +31,7 @@ POINTERS = {
     **dict.fromkeys(("energy_weights", "energy_unit", "value_unit"), "*fp64"),
     **dict.fromkeys(("req_rows", "seq_lens", "prefix_lens", "starts_ptr", "lengths_ptr", "slots_ptr", "pages_ptr"), "*i64"),
     **dict.fromkeys(("row_masks", "table_ptr", "hot_mask_ptr", "req_to_token", "list_ptr", "count_ptr", "bad_ptr"), "*i32"),
+    **dict.fromkeys(("part_starts", "part_requests", "requests_ptr", "tiles_ptr"), "*i32"),
     **dict.fromkeys(("block_request", "block_first"), "*i32"),
     **dict.fromkeys(
         ("query_ptr", "key_ptr", "value_ptr", "key_step", "key_zero", "partial_ptr", "rotation_ptr", "mean_ptr", "final_lse_ptr"), "*fp32"
@@ -51,7 +64,8 @@ CASES = {
         {"out_ptr": "*bf16"},
     ),
     "combine, folded": (decode._combine, {**COMBINE, "C": 32, "ROTATE": False, "KEEP_LSE": True, "OVERLAP": True}, {"num_warps": 4}, {}),
-    "list": (decode._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
+    "list": (decode_plan._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
+    "assign": (decode_plan._assign_parts, {"B": 64, "CHUNK": 64}, {"num_warps": 8}, {"starts_ptr": "*i32"}),
     "extend": (
         extend._extend,
         {"M": 128, "GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA},
@@ -63,6 +77,12 @@ CASES = {
         {"M": 128, "GROUP": 4, "PARTIAL": True, "KEEP_LSE": False, **SMALL},
         {"num_warps": 8, "num_stages": 1},
         EXTEND_INPUTS,
+    ),
+    "open": (
+        open_rows._open_prefix,
+        {"TILES": 2, "Hkv": 8, "D": 128},
+        {"num_warps": 4},
+        {**EXTEND_INPUTS, **dict.fromkeys(("k_out", "v_out"), "*i32")},
     ),
     "merge parts": (
         extend_parts._merge_parts,
