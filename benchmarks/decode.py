@@ -54,8 +54,8 @@ def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = Fa
     attention.prepare_decode(step)
     q = torch.randn(batch, geometry.query_heads, dim, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(batch, geometry.kv_heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    parts = attention.parts(batch)
-    workspace = tuple(torch.empty(geometry.query_heads, parts, *end, device="cuda") for end in ((dim,), ()))
+    slots = attention.parts(batch) + batch
+    workspace = tuple(torch.empty(geometry.query_heads, slots, *end, device="cuda") for end in ((dim,), ()))
     query, out = q.float(), torch.empty_like(q)
 
     def launch(layer: int) -> None:

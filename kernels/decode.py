@@ -11,7 +11,7 @@ import triton.language as tl
 
 from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.decode_hot import hot_tiles, read_hot
-from oscar_radix.kernels.decode_plan import LEAST_PARTS, PASS_HEADS, DecodePlan, share
+from oscar_radix.kernels.decode_plan import HOT_TILE_COST, PASS_HEADS, DecodePlan
 from oscar_radix.kernels.decode_records import read_records
 from oscar_radix.kernels.pages import PAGE
 
@@ -19,11 +19,18 @@ COMBINE_TILE = 8192
 """Partial outputs that a program of the combine loads at once: 64 registers a thread."""
 
 
-@triton.jit(do_not_specialize=["row_stride", "list_stride", "all_parts"])
+@triton.jit
+def _leave_empty(lse_ptr, slots, members):
+    """A slot without keys, for `members` heads."""
+    g = tl.arange(0, 32)
+    tl.store(lse_ptr + g * slots, tl.full([32], float("-inf"), tl.float32), mask=g < members)
+
+
+@triton.jit(do_not_specialize=["row_stride", "list_stride", "slots"])
 def _stage1(
     query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
     req_to_token, req_rows, seq_lens, list_ptr, count_ptr, part_starts, part_requests, out_ptr, lse_ptr, row_stride, list_stride,
-    softmax_scale, all_parts,
+    softmax_scale, slots,
     Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PASSES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -41,46 +48,53 @@ def _stage1(
     counts, ends = hot_tiles(count_ptr + request * 4)
     tiles = ends[3]
     splits = tl.load(part_starts + request + 1) - tl.load(part_starts + request)
-    readers, used = share(pages - counts[0], tiles, splits)
+    # The part's share [low, high) of the sequence's cost, records before hot rows; at most one part of a sequence reads both.
+    records = pages - counts[0]
+    cost = records + HOT_TILE_COST * tiles
+    low = split * cost // splits
+    high = (split + 1) * cost // splits
     pages_ptr = req_to_token + tl.load(req_rows + request).to(tl.int64) * row_stride
     query_head = head * G + member
     query = query_ptr + (request * Hkv * G + query_head) * D
-    out = out_ptr + (query_head * all_parts + part) * D
-    lse = lse_ptr + query_head * all_parts + part
-    if split < readers:
+    # A sequence has a slot more than parts: part i writes its records to slot i, its hot rows to slot i + 1.
+    at = query_head * slots + part + request
+    if low < records:
         read_records(
             query, k_codes, v_codes, scales, row_masks, key_step, key_zero, key_masks, pages_ptr, tokens,
-            split * pages // readers, (split + 1) * pages // readers, head, out, lse, all_parts, members, softmax_scale, Hkv, D,
+            low * pages // records, tl.minimum(high, records) * pages // records, head, out_ptr + at * D, lse_ptr + at, slots, members,
+            softmax_scale, Hkv, D,
         )  # fmt: skip
-    elif split < used:
-        hot_part = split - readers
-        hot_parts = used - readers
+    elif low == records:
+        _leave_empty(lse_ptr + at, slots, members)
+    first_tile = (tl.maximum(low - records, 0) + HOT_TILE_COST - 1) // HOT_TILE_COST
+    last_tile = (tl.maximum(high - records, 0) + HOT_TILE_COST - 1) // HOT_TILE_COST
+    if first_tile < last_tile:
         read_hot(
             query, hot_k, hot_v, hot_scales, table_ptr, pages_ptr, list_ptr + request * list_stride, counts, ends, tokens,
-            hot_part * tiles // hot_parts, (hot_part + 1) * tiles // hot_parts, head, out, lse, all_parts, members, softmax_scale, Hkv, D,
+            first_tile, last_tile, head, out_ptr + (at + 1) * D, lse_ptr + at + 1, slots, members, softmax_scale, Hkv, D,
         )  # fmt: skip
-    else:
-        g = tl.arange(0, 32)
-        tl.store(lse + g * all_parts, tl.full([32], float("-inf"), tl.float32), mask=g < members)
+    elif (high > records) | (split == splits - 1):
+        _leave_empty(lse_ptr + at + 1, slots, members)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit(do_not_specialize=["all_parts"])
+@triton.jit(do_not_specialize=["slots"])
 def _combine(
-    partial_ptr, lse_ptr, part_starts, rotation_ptr, mean_ptr, out_ptr, final_lse_ptr, all_parts,
+    partial_ptr, lse_ptr, part_starts, rotation_ptr, mean_ptr, out_ptr, final_lse_ptr, slots,
     G: tl.constexpr, Hq: tl.constexpr, D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr, C: tl.constexpr,
     ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of C channels of one query head, and leave the value basis: out = o R^T + mu; ROTATE needs all channels."""
+    """Merge the slots of C channels of one query head, and leave the value basis: out = o R^T + mu; ROTATE needs all channels."""
     row = tl.program_id(0)
     head = (row % Hq) // G
     channel = tl.program_id(1) * C + tl.arange(0, C)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    start = tl.load(part_starts + row // Hq)
-    splits = tl.load(part_starts + row // Hq + 1) - start
-    at = (row % Hq) * all_parts + start
+    request = row // Hq
+    start = tl.load(part_starts + request)
+    splits = tl.load(part_starts + request + 1) - start + 1
+    at = (row % Hq) * slots + start + request
     every = tl.arange(0, S)
     lse = tl.load(lse_ptr + at + every, mask=every < splits, other=float("-inf"))
     top = tl.max(lse, 0)
@@ -91,7 +105,7 @@ def _combine(
     for first in range(0, splits, CHUNK):
         split = first + tl.arange(0, CHUNK)
         weight = tl.exp2(tl.load(lse_ptr + at + split, mask=split < splits, other=float("-inf")) - top)
-        # An empty part wrote no output: its weight is 0 and it is not read.
+        # An empty slot has output: its weight is 0 and it is not read.
         parts = tl.load(partial_ptr + (at + split)[:, None] * D + channel[None, :], mask=(weight > 0)[:, None], other=0.0)
         merged += tl.sum(parts * weight[:, None], 0)
     out = merged / total
@@ -128,7 +142,7 @@ def decode(
         value_parameters: value_rotation float32 [Hkv, D, D], value_mean float32 [Hkv, D].
         sequences: req_to_token int32 [R, C], rows of it int [B], tokens int [B].
         plan: of `plan_decode` for these sequences.
-        workspace: partial outputs float32 [Hq, P, D], their log-sum-exp float32 [Hq, P]; P parts of the plan.
+        workspace: partial outputs float32 [Hq, P + B, D], their log-sum-exp float32 [Hq, P + B]; P parts of the plan.
         out: [B, Hq, D], any float dtype; written.
         softmax_scale: multiplies the scores.
         rotate_values: False where the output projection takes rotated values (`Codec.values_folded`): the mean alone is added.
@@ -141,23 +155,24 @@ def decode(
     group = query_heads // kv_heads
     req_to_token, rows, lengths = sequences
     partial, lse = workspace
-    parts = lse.shape[1]
+    slots = lse.shape[1]
+    parts = slots - batch
     k_codes, v_codes, scales, *rest = layer_cache
     passes = triton.cdiv(group, PASS_HEADS.value)
     overlap = compute_capability(query) >= 9
     _stage1[(kv_heads * passes, parts)](
         query, k_codes, v_codes, scales.view(torch.uint8), *rest, block_table, *key_parameters, req_to_token, rows, lengths,
         plan.pages, plan.counts, plan.starts, plan.requests, partial, lse, req_to_token.stride(0), plan.pages.stride(0), softmax_scale,
-        parts, Hkv=kv_heads, G=group, D=dim, PASSES=passes,
+        slots, Hkv=kv_heads, G=group, D=dim, PASSES=passes,
         OVERLAP=overlap, num_warps=1, maxnreg=128, launch_pdl=overlap,
     )  # fmt: skip
     # Few rows: several programs each, while nothing needs all channels at once.
     channels = dim if rotate_values or batch * query_heads >= 200 else 32
-    # What one sequence can have, if all others have the least; and about twice what it has if all are alike.
-    most = triton.next_power_of_2(parts - LEAST_PARTS * (batch - 1))
+    # What one sequence can have, if all others have one part; and about twice what it has if all are alike.
+    most = triton.next_power_of_2(parts - batch + 2)
     chunk = min(most, COMBINE_TILE // channels, max(8, triton.next_power_of_2(2 * parts // batch)))
     _combine[(batch * query_heads, dim // channels)](
-        partial, lse, plan.starts, *value_parameters, out, lse if final_lse is None else final_lse, parts, G=group, Hq=query_heads,
+        partial, lse, plan.starts, *value_parameters, out, lse if final_lse is None else final_lse, slots, G=group, Hq=query_heads,
         D=dim, S=most, CHUNK=chunk, C=channels, ROTATE=rotate_values, KEEP_LSE=final_lse is not None, OVERLAP=overlap, num_warps=4,
         launch_pdl=overlap,
     )  # fmt: skip

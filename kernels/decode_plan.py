@@ -1,8 +1,8 @@
 """The plan of a decode step, made on the device once and used by every layer: pages with hot rows, and who reads what.
 
 A part is a one-warp program of stage 1 for each KV head and pass of query heads; there are as many as the GPU holds at once. A sequence
-gets parts in proportion to the bytes that it reads: the least cost c for which the sum of ceil(cost / c) fits. Of a sequence's parts some
-read its records, the others its hot rows, again in proportion. The host knows neither lengths nor levels, so a CUDA graph replays.
+gets parts in proportion to the bytes that it reads: the least cost c for which the sum of ceil(cost / c) fits. The host knows neither
+lengths nor levels, so a CUDA graph replays.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,6 @@ PASS_HEADS = tl.constexpr(8)
 
 MULTIPROCESSOR_PROGRAMS = 16
 """One-warp programs of 128 registers that a multiprocessor holds."""
-
-LEAST_PARTS = 2
-"""Parts of a sequence at least: one for records and one for hot rows."""
 
 LARGEST_PARTS = 1024
 """More parts do not help: a part then reads PROGRAM_TILES pages of a sequence of 98,304 tokens."""
@@ -61,21 +58,9 @@ class DecodePlan:
 
 
 def decode_parts(batch: int, kv_heads: int, group: int, multiprocessors: int) -> int:
-    """Parts of a step: all that the GPU holds at once, and at least LEAST_PARTS of each sequence."""
+    """Parts of a step: all that the GPU holds at once, and at least one of each sequence."""
     programs = MULTIPROCESSOR_PROGRAMS * multiprocessors // (kv_heads * triton.cdiv(group, PASS_HEADS.value))
-    return max(min(programs, LARGEST_PARTS), LEAST_PARTS * batch)
-
-
-@triton.jit
-def share(records, tiles, splits):
-    """Programs that read records, and programs in all, of a sequence with `records` pages below level 32 and `tiles` of hot rows."""
-    cost = records + HOT_TILE_COST * tiles
-    used = tl.minimum(splits, tl.maximum((cost + PROGRAM_TILES - 1) // PROGRAM_TILES, 1))
-    both = (records > 0) & (tiles > 0)
-    used = tl.where(both, tl.maximum(used, 2), used)
-    hot = (2 * used * HOT_TILE_COST * tiles + cost) // (2 * tl.maximum(cost, 1))
-    hot = tl.where(both, tl.minimum(tl.maximum(hot, 1), used - 1), tl.where(tiles > 0, used, 0))
-    return used - hot, used
+    return max(min(programs, LARGEST_PARTS), batch)
 
 
 @triton.jit(do_not_specialize=["row_stride", "list_stride"])
@@ -109,7 +94,7 @@ def _assign_parts(seq_lens, count_ptr, starts_ptr, requests_ptr, batch, parts, B
         count = tl.load(count_ptr + request * 4 + which, mask=there, other=0)
         tiles += (count * (HOT_LEVELS[which] // 2) + TILE_BLOCKS - 1) // TILE_BLOCKS
     cost = records + HOT_TILE_COST * tiles
-    least = tl.where(there, tl.where((records > 0) & (tiles > 0), 2, 1), 0)
+    least = there.to(tl.int32)
     low = PROGRAM_TILES + 0
     high = tl.maximum(tl.max(cost, 0), PROGRAM_TILES)
     while low < high:

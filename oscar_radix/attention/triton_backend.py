@@ -76,8 +76,9 @@ class TritonAttention:
         self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._no_mean = torch.zeros(geometry.kv_heads, geometry.head_dim, dtype=torch.float32, device=device)
         parts = self.parts(max_requests)
-        self._partial = torch.empty(geometry.query_heads * parts * geometry.head_dim, dtype=torch.float32, device=device)
-        self._lse = torch.empty(geometry.query_heads * parts, dtype=torch.float32, device=device)
+        rows = geometry.query_heads * (parts + max_requests)
+        self._partial = torch.empty(rows * geometry.head_dim, dtype=torch.float32, device=device)
+        self._lse = torch.empty(rows, dtype=torch.float32, device=device)
         largest = min(-(-max_tokens // PAGE_TOKENS), store.hot.capacity)
         self._plan = DecodePlan.empty(max_requests, largest, parts, device)
 
@@ -123,10 +124,10 @@ class TritonAttention:
             not codec.values_folded,
         )
         seal(batch.slots, hot_rows, self._records(layer), codec.seal_parameters(layer), hot.device_block_table, newest_slots=True)
-        parts = self.parts(count)
+        slots = self.parts(count) + count
         workspace = (
-            self._partial[: query_heads * parts * dim].view(query_heads, parts, dim),
-            self._lse[: query_heads * parts].view(query_heads, parts),
+            self._partial[: query_heads * slots * dim].view(query_heads, slots, dim),
+            self._lse[: query_heads * slots].view(query_heads, slots),
         )
         out = torch.empty_like(query, dtype=q.dtype)
         decode(

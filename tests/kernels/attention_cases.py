@@ -75,13 +75,12 @@ def check_plan(lengths: list[int], pages_at: list[tuple[int, int, int, int]], pa
     """`_assign_parts` against its definition: shares with the least largest cost of a part; `pages_at` levels 32, 8, 4, 2."""
     from oscar_radix.kernels.decode_plan import HOT_TILE_COST, PROGRAM_TILES, DecodePlan, assign_parts
 
-    costs, least = [], []
+    costs = []
     for length, (whole, eights, fours, twos) in zip(lengths, pages_at, strict=True):
         records = -(-length // PAGE_TOKENS) - whole
         tiles = whole - (-eights // 4) - (-fours // 8) - (-twos // 16)
         costs.append(records + HOT_TILE_COST.value * tiles)
-        least.append(2 if records and tiles else 1)
-    shares = lambda most: [max(-(-cost // most), few) for cost, few in zip(costs, least, strict=True)]  # noqa: E731
+    shares = lambda most: [-(-cost // most) for cost in costs]  # noqa: E731
     most = next(most for most in range(PROGRAM_TILES.value, max(costs) + 4) if sum(shares(most)) <= parts)
     plan = DecodePlan.empty(len(lengths), 1, parts, torch.device(device))
     plan.counts.copy_(torch.tensor(pages_at))
@@ -117,7 +116,8 @@ def check_decode(
     for each in (plan.pages, plan.counts, plan.starts, plan.requests):
         each.fill_(-7)
     plan_decode(where, store.hot.device_levels, plan)
-    shapes = ((geometry.query_heads, parts, geometry.head_dim), (geometry.query_heads, parts))
+    slots = parts + len(lengths)
+    shapes = ((geometry.query_heads, slots, geometry.head_dim), (geometry.query_heads, slots))
     poison = tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
     out, lse = torch.full_like(query, math.nan), torch.full(query.shape[:2], math.nan, device=device)
     codec = store.codec
@@ -266,6 +266,7 @@ def main() -> None:
     check_plan([64], [(0, 1, 0, 0)], parts=2, device=device)
     check_decode(Geometry(1, 1, 4, 128), [150, 33], parts=6, rotate=True, device=device)
     check_decode(Geometry(1, 2, 6, 64), [100, 1], parts=9, rotate=False, device=device)
+    check_decode(Geometry(1, 1, 4, 64), [95, 40], parts=2, rotate=False, device=device)
     check_decode(Geometry(1, 1, 10, 64), [70], parts=2, rotate=False, device=device)
     check_decode(Geometry(1, 1, 2, 128), [96], parts=2, rotate=False, device=device, levels=(0,))
     check_decode(Geometry(1, 1, 2, 64), [64], parts=2, rotate=False, device=device, levels=(32,))
