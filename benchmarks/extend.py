@@ -16,7 +16,7 @@ import triton
 
 from benchmarks.gpu import filled_store, pages_of, slot_table, write_report
 from oscar_radix.attention.plan import WritePlan
-from oscar_radix.attention.triton_backend import ExtendBatch, TritonAttention
+from oscar_radix.attention.triton_backend import TritonAttention
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 
 GEOMETRY = Geometry(layers=1, kv_heads=8, query_heads=32, head_dim=128)
@@ -59,7 +59,7 @@ def ours(tokens: int, prefix: int, hot_rows: int, folded: bool) -> tuple[float, 
     where = (table, to([0]), to([prefix]), to([0]), to([tokens]))
     plan = attention.plan_extend([prefix], [tokens])
     plan = plan.on([each.cuda() for each in plan.tensors()])
-    batch = ExtendBatch(write, table[0, prefix : prefix + tokens].long(), where, plan)
+    batch = attention.extend_batch(write, table[0, prefix : prefix + tokens].long(), where, plan)
     q, k, v = new_rows(tokens)
     return measure(lambda: attention.extend(0, q, k, v, batch, SCALE))
 

@@ -5,6 +5,8 @@ the values of the tile before are being added (FlashAttention-3, arXiv 2407.0860
 maximum and total wait in memory, in float32. Small chunks are split over the tiles of a round, each part with rows of its own to wait in.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -179,16 +181,40 @@ def extend_dense_round(
         )  # fmt: skip
 
 
-def _tiles_of(rows: torch.Tensor) -> TensorDescriptor:
-    """Descriptor of tiles [TILE, D] of one head's rows, for `rows` [N, Hkv, D] fp16, contiguous."""
-    flat = rows.view(len(rows), -1)
-    block = [TILE.value, rows.shape[2]]
-    return TensorDescriptor.from_tensor(flat, block, gl.NVMMASharedLayout.get_default_for(block, gl.float16))
+@dataclass(frozen=True)
+class DenseBuffers:
+    """What `extend_dense` works in, for one layer after the other.
+
+    rows: keys and values in their bases, fp16 [scratch_rows + T, Hkv, D], contiguous; the new tokens' at the end. tiles: their
+    descriptors of tiles [TILE, D] of a head. carried float32 [parts, T, Hq, D], state float32 [2, parts, T, Hq]: between rounds; lse
+    float32 [parts, T, Hq]: of parts. None where there is one round, or one part.
+    """
+
+    rows: tuple[torch.Tensor, torch.Tensor]
+    tiles: tuple[TensorDescriptor, TensorDescriptor]
+    carried: torch.Tensor | None
+    state: torch.Tensor | None
+    lse: torch.Tensor | None
+
+    @staticmethod
+    def empty(rows: tuple[torch.Tensor, torch.Tensor], plan: ExtendPlan, query_shape: tuple[int, int, int]) -> "DenseBuffers":
+        """Room for a plan with rounds, over `rows`."""
+        block = [TILE.value, rows[0].shape[2]]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float16)
+        tiles = tuple(TensorDescriptor.from_tensor(each.view(len(each), -1), block, layout) for each in rows)
+        room = lambda *shape: torch.empty(shape, dtype=torch.float32, device=rows[0].device)  # noqa: E731
+        carried = state = lse = None
+        if plan.splits > 1 or len(plan.rounds.tiles) > 1:
+            carried = room(plan.splits, *query_shape)
+            state = room(2, plan.splits, *query_shape[:2])
+        if plan.splits > 1:
+            lse = room(plan.splits, *query_shape[:2])
+        return DenseBuffers(rows, tiles, carried, state, lse)
 
 
 def extend_dense(
     query: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor],
+    buffers: DenseBuffers,
     layer_cache: tuple[torch.Tensor, ...],
     block_table: torch.Tensor,
     key_parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -201,29 +227,23 @@ def extend_dense(
     """`extend` by opening the prefixes first, round by round.
 
     Args:
-        rows: keys and values in their bases, fp16 [scratch_rows + T, Hkv, D], contiguous; the new tokens' at the end, the rest is written.
+        buffers: of this plan; they hold the new tokens' rows.
         query, layer_cache, block_table, key_parameters, value_mean, sequences, out, final_lse: as in `extend`.
         plan: with rounds.
     """
     tokens, query_heads, dim = query.shape
-    kv_heads = rows[0].shape[1]
+    kv_heads = buffers.rows[0].shape[1]
     group = query_heads // kv_heads
-    segments, opened, scratch = plan.rounds.segments, plan.rounds.tiles, plan.rounds.scratch_rows
-    keep, parts = final_lse is not None, plan.splits > 1
-    target, lse = out, final_lse if keep else value_mean
-    carried = state = value_mean
-    if parts or len(segments) > 1:
-        carried = torch.empty(plan.splits, *query.shape, dtype=torch.float32, device=query.device)
-        state = torch.empty(2, plan.splits, tokens, query_heads, dtype=torch.float32, device=query.device)
-    if parts:
-        target, lse = carried, torch.empty(plan.splits, tokens, query_heads, dtype=torch.float32, device=query.device)
-    tiles = tuple(_tiles_of(each) for each in rows)
-    for segment, open_tiles in zip(segments, opened, strict=True):
-        open_prefix(open_tiles, layer_cache, block_table, key_parameters, sequences[:3], rows)
+    parts = plan.splits > 1
+    keep = final_lse is not None and not parts
+    target, lse = (buffers.carried, buffers.lse) if parts else (out, final_lse if keep else value_mean)
+    carried, state = (value_mean, value_mean) if buffers.carried is None else (buffers.carried, buffers.state)
+    for segment, tiles in zip(plan.rounds.segments, plan.rounds.tiles, strict=True):
+        open_prefix(tiles, layer_cache, block_table, key_parameters, sequences[:3], buffers.rows)
         extend_dense_round[(kv_heads, len(plan.blocks[0]), plan.splits)](
-            query, *tiles, value_mean, segment, *sequences[3:], *plan.blocks, target, lse, carried, state, tokens * query_heads, scratch,
-            plan.splits, Hkv=kv_heads, G=group, GROUP=triton.next_power_of_2(group), D=dim, PARTIAL=parts, KEEP_LSE=keep and not parts,
-            num_warps=4,
+            query, *buffers.tiles, value_mean, segment, *sequences[3:], *plan.blocks, target, lse, carried, state, tokens * query_heads,
+            plan.rounds.scratch_rows, plan.splits, Hkv=kv_heads, G=group, GROUP=triton.next_power_of_2(group), D=dim, PARTIAL=parts,
+            KEEP_LSE=keep, num_warps=4,
         )  # fmt: skip
     if parts:
         merge_parts(target, lse, value_mean, out, final_lse)

@@ -5,6 +5,8 @@ a sum of bf16 products: a number is the sum of bf16 terms of 8 bits each, a bf16
 queries, which are rounded to fp16 (11 bits) at the end, need two. A program keeps the terms of its matrix for several blocks of tokens.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -104,6 +106,27 @@ def _write_prefill(
             tl.store(query_out + (token * Hkv * G + query_head)[:, None] * D + channel[None, :], query, mask=inside[:, None])
 
 
+@dataclass(frozen=True)
+class PrefillRows:
+    """What `write_prefill` makes of T new tokens.
+
+    query: fp16 [T, Hq, D] in the key basis; own: keys and values in their bases, fp16 [T, Hkv, D], contiguous, bad rows zeroed; int8:
+    rows of keys and values, int8 [T, Hkv, D] each, with scales fp16 [T, Hkv, 2] (K, V).
+    """
+
+    query: torch.Tensor
+    own: tuple[torch.Tensor, torch.Tensor]
+    int8: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+    @staticmethod
+    def empty(query_shape: tuple[int, int, int], own: tuple[torch.Tensor, torch.Tensor]) -> "PrefillRows":
+        """Room for it, with `own` given."""
+        device, shape = own[0].device, own[0].shape
+        rows = (torch.empty(shape, dtype=torch.int8, device=device) for _ in range(2))
+        scales = torch.empty(*shape[:2], 2, dtype=torch.float16, device=device)
+        return PrefillRows(torch.empty(query_shape, dtype=torch.float16, device=device), own, (*rows, scales))
+
+
 def write_prefill(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -112,37 +135,27 @@ def write_prefill(
     parameters: tuple[torch.Tensor, ...],
     hot: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
-    own: tuple[torch.Tensor, torch.Tensor],
+    out: PrefillRows,
     query_scale: float,
     bad_rows: torch.Tensor,
     rotate_values: bool,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> None:
     """One launch for a prefill batch: queries, keys and values into their bases; rows whose pages hold hot blocks into the hot pool.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D], of one of ROW_TERMS' dtypes, rows contiguous within a token.
         slots: int [T].
         parameters, hot, block_table, bad_rows, rotate_values: as in `write_decode`.
-        own: keys and values in their bases, fp16 [T, Hkv, D], contiguous; written, bad rows zeroed.
+        out: written.
         query_scale: multiplies the queries.
-
-    Returns:
-        query fp16 [T, Hq, D]; int8 rows of keys and values [T, Hkv, D] each, with scales fp16 [T, Hkv, 2] (K, V).
     """
     tokens, query_heads, dim = q.shape
     kv_heads = k.shape[1]
-    query = torch.empty_like(q, dtype=torch.float16, memory_format=torch.contiguous_format)
-    rows = (
-        torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
-        torch.empty(tokens, kv_heads, dim, dtype=torch.int8, device=q.device),
-        torch.empty(tokens, kv_heads, 2, dtype=torch.float16, device=q.device),
-    )
     group = query_heads // kv_heads
     all_blocks = triton.cdiv(tokens, ROWS)
     blocks = max(1, min(MOST_BLOCKS, all_blocks * kv_heads * (group + 2) // PROGRAMS))
     _write_prefill[(triton.cdiv(all_blocks, blocks), kv_heads, group + 2)](
-        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, query, *own, *rows, bad_rows,
+        q, k, v, q.stride(0), k.stride(0), v.stride(0), slots, *parameters, *hot, block_table, out.query, *out.own, *out.int8, bad_rows,
         tokens, query_scale, blocks, Hkv=kv_heads, G=group, D=dim, ROTATE=rotate_values, X_TERMS=ROW_TERMS[q.dtype], M=ROWS, num_warps=4,
         num_stages=1,
     )  # fmt: skip
-    return query, rows

@@ -101,8 +101,6 @@ class OscarAttentionBackend(AttentionBackend):
         self.runtime.attention.prepare_decode(self.plan)
 
     def _plan_extend(self, forward_batch: Any, sequences: list[Sequence]) -> None:
-        from oscar_radix.attention.triton_backend import ExtendBatch
-
         lengths = [sequence.seq_len - sequence.prefix_len for sequence in sequences]
         layout = np.array([[sequence.prefix_len for sequence in sequences], np.cumsum([0, *lengths[:-1]]), lengths], dtype=np.int64)
         plan = self.runtime.attention.plan_extend([sequence.prefix_len for sequence in sequences], lengths)
@@ -111,7 +109,8 @@ class OscarAttentionBackend(AttentionBackend):
         sent = upload_all([*writes, layout, *parts], self.req_to_token.device)
         write, layout = sent[: len(writes)], sent[len(writes)]
         where = (self.req_to_token, forward_batch.req_pool_indices, *layout.unbind())
-        self.plan = ExtendBatch(WritePlan(*write), forward_batch.out_cache_loc, where, plan.on(sent[len(writes) + 1 :]))
+        plan = plan.on(sent[len(writes) + 1 :])
+        self.plan = self.runtime.attention.extend_batch(WritePlan(*write), forward_batch.out_cache_loc, where, plan)
 
     # Run -------------------------------------------------------------------------------------------------------------
 

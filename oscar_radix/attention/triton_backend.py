@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from oscar_radix.attention.layer_views import LayerViews
 from oscar_radix.attention.mass import MassSample
 from oscar_radix.attention.plan import WritePlan
 from oscar_radix.codec.stepped import SteppedCodec
@@ -12,12 +13,12 @@ from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.decode import decode
 from oscar_radix.kernels.decode_plan import DecodePlan, decode_parts, plan_decode
 from oscar_radix.kernels.extend import extend
-from oscar_radix.kernels.extend_dense import extend_dense
+from oscar_radix.kernels.extend_dense import DenseBuffers, extend_dense
 from oscar_radix.kernels.extend_plan import ExtendPlan, plan_extend
 from oscar_radix.kernels.leave_basis import leave_basis
 from oscar_radix.kernels.seal import seal
 from oscar_radix.kernels.write import write_decode
-from oscar_radix.kernels.write_prefill import write_prefill
+from oscar_radix.kernels.write_prefill import PrefillRows, write_prefill
 from oscar_radix.pool.store import KVStore
 
 LOG2_E = 1.4426950408889634
@@ -42,12 +43,15 @@ class DecodeBatch:
 @dataclass(frozen=True)
 class ExtendBatch:
     """A prefill batch: `write` of its ForwardPlan, slots int64 [T], what `extend` takes as sequences, and its plan on the device; for a
-    sampled batch the rows of `last_rows`, int64 [B, queries]."""
+    sampled batch the rows of `last_rows`, int64 [B, queries]. `starts` int64 [N] and the buffers serve one layer after the other."""
 
     write: WritePlan
     slots: torch.Tensor
     sequences: tuple[torch.Tensor, ...]
     plan: ExtendPlan
+    starts: torch.Tensor
+    prefill: PrefillRows
+    dense: DenseBuffers | None
     sample_rows: torch.Tensor | None = None
 
 
@@ -80,6 +84,8 @@ class TritonAttention:
         self._partial = torch.empty(rows * geometry.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows, dtype=torch.float32, device=device)
         largest = min(-(-max_tokens // PAGE_TOKENS), store.hot.capacity)
+        self._viewed: SteppedCodec | None = None
+        self._views: dict[int, LayerViews] = {}
         self._plan = DecodePlan.empty(max_requests, largest, parts, device)
 
     def parts(self, batch: int) -> int:
@@ -98,6 +104,26 @@ class TritonAttention:
             prefixes, lengths, geometry.kv_heads, geometry.group, geometry.head_dim, self._multiprocessors, dense_exists=dense_exists
         )
 
+    def extend_batch(
+        self,
+        write: WritePlan,
+        slots: torch.Tensor,
+        sequences: tuple[torch.Tensor, ...],
+        plan: ExtendPlan,
+        sample_rows: torch.Tensor | None = None,
+    ) -> ExtendBatch:
+        """A prefill batch from parts on the device, with the buffers that its layers share."""
+        geometry, device = self.store.geometry, slots.device
+        shape = (len(slots), geometry.query_heads, geometry.head_dim)
+        # Opened rows of the prefix, if any, then those of the new tokens.
+        scratch = plan.rounds.scratch_rows if plan.rounds else 0
+        size = (scratch + len(slots), geometry.kv_heads, geometry.head_dim)
+        opened = tuple(torch.empty(size, dtype=torch.float16, device=device) for _ in range(2))
+        prefill = PrefillRows.empty(shape, tuple(each[scratch:] for each in opened))
+        dense = DenseBuffers.empty(opened, plan, shape) if plan.rounds else None
+        starts = write.direct_tokens[:, 0].contiguous()
+        return ExtendBatch(write, slots, sequences, plan, starts, prefill, dense, sample_rows)
+
     def prepare_decode(self, batch: "DecodeBatch") -> None:
         """Once a step, before the layers: its plan."""
         sequences = (batch.req_to_token, batch.rows, batch.lengths)
@@ -107,43 +133,22 @@ class TritonAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: DecodeBatch, softmax_scale: float
     ) -> torch.Tensor:
         """One token a request: q [B, Hq, D], k and v [B, Hkv, D]; returns [B, Hq, D] in q's dtype."""
-        codec, hot = self._codec(), self.store.hot
+        views, hot = self._views_of(layer), self.store.hot
         count, query_heads, dim = q.shape
         query, lse = self._kept(layer, count)
-        hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
-        write_decode(
-            q,
-            k,
-            v,
-            batch.slots,
-            codec.basis_parameters(layer),
-            hot_rows,
-            hot.device_block_table,
-            query,
-            self.store.bad_rows,
-            not codec.values_folded,
-        )
-        seal(batch.slots, hot_rows, self._records(layer), codec.seal_parameters(layer), hot.device_block_table, newest_slots=True)
+        rotate = not self.store.codec.values_folded
+        table = hot.device_block_table
+        write_decode(q, k, v, batch.slots, views.basis, views.hot_rows, table, query, self.store.bad_rows, rotate)
+        seal(batch.slots, views.hot_rows, views.records, views.seal, table, newest_slots=True)
         slots = self.parts(count) + count
         workspace = (
             self._partial[: query_heads * slots * dim].view(query_heads, slots, dim),
             self._lse[: query_heads * slots].view(query_heads, slots),
         )
         out = torch.empty_like(query, dtype=q.dtype)
-        decode(
-            query,
-            self._layer_cache(layer),
-            hot.device_block_table,
-            codec.key_parameters(layer),
-            codec.value_parameters(layer),
-            (batch.req_to_token, batch.rows, batch.lengths),
-            self.decode_plan(count),
-            workspace,
-            out,
-            softmax_scale,
-            not codec.values_folded,
-            lse,
-        )
+        sequences = (batch.req_to_token, batch.rows, batch.lengths)
+        plan = self.decode_plan(count)
+        decode(query, views.cache, table, views.keys, views.values, sequences, plan, workspace, out, softmax_scale, rotate, lse)
         return out
 
     def _kept(self, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -157,56 +162,36 @@ class TritonAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ExtendBatch, softmax_scale: float
     ) -> torch.Tensor:
         """New tokens of a prefill batch: q [T, Hq, D], k and v [T, Hkv, D]; returns [T, Hq, D] in q's dtype."""
-        codec, hot, plan = self._codec(), self.store.hot, batch.write
-        hot_rows = (hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer])
-        # Opened rows of the prefix, if any, then those of the new tokens.
-        scratch = batch.plan.rounds.scratch_rows if batch.plan.rounds else 0
-        opened = tuple(torch.empty(scratch + len(k), *k.shape[1:], dtype=torch.float16, device=k.device) for _ in range(2))
-        own = tuple(each[scratch:] for each in opened)
-        query, rows = write_prefill(
-            q,
-            k,
-            v,
-            batch.slots,
-            codec.basis_parameters(layer),
-            hot_rows,
-            hot.device_block_table,
-            own,
-            softmax_scale * LOG2_E,
-            self.store.bad_rows,
-            not codec.values_folded,
+        views, table, rows = self._views_of(layer), self.store.hot.device_block_table, batch.prefill
+        folded = self.store.codec.values_folded
+        write_prefill(
+            q, k, v, batch.slots, views.basis, views.hot_rows, table, rows, softmax_scale * LOG2_E, self.store.bad_rows, not folded
         )
-        parameters = codec.seal_parameters(layer)
-        seal(plan.seal_pages, hot_rows, self._records(layer), parameters, hot.device_block_table)
-        seal(plan.direct_pages, rows, self._records(layer), parameters, starts=plan.direct_tokens[:, 0].contiguous())
-        out = torch.empty_like(query, dtype=q.dtype)
+        seal(batch.write.seal_pages, views.hot_rows, views.records, views.seal, table)
+        seal(batch.write.direct_pages, rows.int8, views.records, views.seal, starts=batch.starts)
+        query, out = rows.query, torch.empty(q.shape, dtype=q.dtype, device=q.device)
         sampled = self.prefill_sample is not None and batch.sample_rows is not None
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=q.device) if sampled else None
-        folded = codec.values_folded
-        target, mean = (out, codec.value_mean[layer]) if folded else (torch.empty_like(query), self._no_mean)
-        cache = (self._layer_cache(layer), hot.device_block_table, codec.key_parameters(layer), mean, batch.sequences)
-        if batch.plan.rounds:
-            extend_dense(query, opened, *cache, batch.plan, target, lse)
+        target, mean = (out, views.values[1]) if folded else (torch.empty_like(query), self._no_mean)
+        cache = (views.cache, table, views.keys, mean, batch.sequences)
+        if batch.dense:
+            extend_dense(query, batch.dense, *cache, batch.plan, target, lse)
         else:
-            extend(query, own, *cache, batch.plan.blocks, batch.plan.splits, target, lse)
+            extend(query, rows.own, *cache, batch.plan.blocks, batch.plan.splits, target, lse)
         if lse is not None:
             # The kernel's queries carry the softmax scale and log2(e), and are fp16.
             self.prefill_sample.keep_rows(layer, query, lse, batch.sample_rows)
             self.prefill_sample.query[layer, : len(batch.sample_rows)] /= softmax_scale * LOG2_E
         if not folded:
-            leave_basis(target, *codec.value_parameters(layer), out)
+            leave_basis(target, *views.values, out)
         return out
 
-    def _codec(self) -> SteppedCodec:
+    def _views_of(self, layer: int) -> LayerViews:
         codec = self.store.codec
-        if not isinstance(codec, SteppedCodec):
-            raise NotImplementedError(f"recipe '{codec.recipe_name}' has no Triton kernels; use 'tck' or 'mulm'")
-        return codec
-
-    def _records(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        base = self.store.base
-        return base.k_codes[layer], base.v_codes[layer], base.scales[layer]
-
-    def _layer_cache(self, layer: int) -> tuple[torch.Tensor, ...]:
-        hot = self.store.hot
-        return (*self._records(layer), hot.k_rows[layer], hot.v_rows[layer], hot.scales[layer], hot.row_masks[layer])
+        if codec is not self._viewed:
+            if not isinstance(codec, SteppedCodec):
+                raise NotImplementedError(f"recipe '{codec.recipe_name}' has no Triton kernels; use 'tck' or 'mulm'")
+            self._viewed, self._views = codec, {}
+        if layer not in self._views:
+            self._views[layer] = LayerViews.of(self.store, codec, layer)
+        return self._views[layer]

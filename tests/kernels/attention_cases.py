@@ -149,7 +149,7 @@ def check_decode(
 def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits: int, device: str = "cpu", scratch_rows: int = 0) -> None:
     """`extend` of a batch, or `extend_dense` with `scratch_rows`; prefixes end anywhere, also within a page."""
     from oscar_radix.kernels.extend import extend
-    from oscar_radix.kernels.extend_dense import extend_dense
+    from oscar_radix.kernels.extend_dense import DenseBuffers, extend_dense
     from oscar_radix.kernels.extend_plan import ExtendPlan, extend_rounds, query_blocks
 
     store = random_store(geometry, sum(max(1, -(-prefix // PAGE_TOKENS)) for prefix in prefixes), seed=splits, device=device)
@@ -172,7 +172,11 @@ def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits
     out, lse = torch.full_like(query, math.nan, dtype=torch.float32), torch.full(query.shape[:2], math.nan, device=device)
     cache = (layer_cache(store), store.hot.device_block_table, store.codec.key_parameters(0), mean, where)
     if rounds:
-        extend_dense(query, opened, *cache, plan, out, lse)
+        buffers = DenseBuffers.empty(opened, plan, tuple(query.shape))
+        for each in (buffers.carried, buffers.state, buffers.lse):
+            if each is not None:
+                each.fill_(math.nan)
+        extend_dense(query, buffers, *cache, plan, out, lse)
     else:
         extend(query, own, *cache, plan.blocks, splits, out, lse)
     for request, (start, count, prefix) in enumerate(zip(starts, new, prefixes, strict=True)):
@@ -212,7 +216,7 @@ def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, dev
     """`write_prefill` or `write_decode` of new tokens, some of them to pages without hot blocks, then `seal`; one row is NaN."""
     from oscar_radix.kernels.seal import seal
     from oscar_radix.kernels.write import write_decode
-    from oscar_radix.kernels.write_prefill import write_prefill
+    from oscar_radix.kernels.write_prefill import PrefillRows, write_prefill
 
     store = random_store(geometry, 6, seed=tokens, device=device, levels=(0, 32))
     codec, hot, bad = store.codec, store.hot, torch.zeros(1, dtype=torch.int32, device=device)
@@ -229,7 +233,11 @@ def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, dev
         write_decode(q, k, v, slots, parameters, rows, hot.device_block_table, query, bad, rotate)
     else:
         own = tuple(torch.full(k.shape, math.nan, dtype=torch.float16, device=device) for _ in range(2))
-        query, kept = write_prefill(q, k, v, slots, parameters, rows, hot.device_block_table, own, 0.5, bad, rotate)
+        written = PrefillRows.empty(tuple(q.shape), own)
+        written.query.fill_(math.nan)
+        written.int8[2].fill_(math.nan)
+        write_prefill(q, k, v, slots, parameters, rows, hot.device_block_table, written, 0.5, bad, rotate)
+        query, kept = written.query, written.int8
         expected = codec.keys_to_basis(0, k)
         expected[0, 0] = 0.0
         for half, whole, int8, which in ((own[0], expected, kept[0], 0), (own[1], value, kept[1], 1)):

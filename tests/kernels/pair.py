@@ -44,7 +44,7 @@ class Pair:
             self.rows[row, : len(slots)] = torch.from_numpy(slots).int()
 
     def step(self, counts: dict[int, int], decode: bool = False) -> None:
-        from oscar_radix.attention.triton_backend import DecodeBatch, ExtendBatch
+        from oscar_radix.attention.triton_backend import DecodeBatch
 
         sequences, slots = [], []
         for i, count in counts.items():
@@ -66,7 +66,8 @@ class Pair:
             starts = np.cumsum([0, *lengths[:-1]]).tolist()
             where = (self.rows, rows, to([s.prefix_len for s in sequences]), to(starts), to(lengths))
             plan = self.ours.plan_extend([s.prefix_len for s in sequences], lengths)
-            batch = ExtendBatch(plans[1].write, slots, where, plan.on([each.to(self.device) for each in plan.tensors()]))
+            plan = plan.on([each.to(self.device) for each in plan.tensors()])
+            batch = self.ours.extend_batch(plans[1].write, slots, where, plan)
             actual = self.ours.extend(0, q, k, v, batch, SCALE)
         error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < 6e-3, f"relative error {error:.2e} at {counts}, decode {decode}"
