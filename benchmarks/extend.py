@@ -2,12 +2,17 @@
 
     python -m benchmarks.extend [--json OUT] [--cases 256x16384,...]
 
-Milliseconds a layer, median, of everything that attention does with q, k and v: for ours basis changes, int8 rows, sealing, attention
-and the change back; for FlashInfer the append to its pages and the attention. Peak memory is what a call allocates on top of the caches.
-FLOP are those of the attention itself, 4 * D a query head, query and key.
+Milliseconds a layer, median, of everything that attention does with q, k and v: for ours basis changes, int8 rows, sealing, opening the
+prefix, attention and the change back; for FlashInfer the append to its pages and the attention. GPU time is that of a CUDA graph's replay;
+host time is what Python takes to launch the same, which runs ahead of the GPU in a server, and bounds small batches. Peak memory is what
+a batch and a call allocate on top of the caches. FLOP are those of the attention itself, 4 * D a query head, query and key.
 """
 
 import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +30,37 @@ HOT_ROWS = (0, 2, 32)
 SCALE = 0.088
 
 
-def measure(call) -> tuple[float, float]:
-    """Median milliseconds of a call, and the MiB that it allocates on top of what exists."""
-    call()
+@dataclass(frozen=True)
+class Cost:
+    """Median milliseconds of a call on the GPU and on the host, and the MiB that it allocates."""
+
+    milliseconds: float
+    host_milliseconds: float
+    peak_mib: float
+
+
+def measure(prepare: Callable[[], Callable[[], object]]) -> Cost:
+    """Cost of the call that `prepare` makes; what `prepare` allocates counts as memory."""
+    prepare()()
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    call = prepare()
     call()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return triton.testing.do_bench(call, warmup=10, rep=80, return_mode="median"), peak
+    host = []
+    for _ in range(15):
+        begun = time.perf_counter()
+        call()
+        host.append((time.perf_counter() - begun) * 1e3)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    gpu = triton.testing.do_bench(graph.replay, warmup=10, rep=80, return_mode="median")
+    return Cost(gpu, statistics.median(host), peak)
 
 
 def new_rows(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,7 +70,7 @@ def new_rows(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def ours(tokens: int, prefix: int, hot_rows: int, folded: bool) -> tuple[float, float]:
+def ours(tokens: int, prefix: int, hot_rows: int, folded: bool) -> Cost:
     """`TritonAttention.extend` of one sequence; pages of the prefix hold `hot_rows` int8 rows."""
     (pages,) = pages_of([prefix + tokens])
     store = filled_store(GEOMETRY, [pages], hot_rows)
@@ -59,12 +85,17 @@ def ours(tokens: int, prefix: int, hot_rows: int, folded: bool) -> tuple[float, 
     where = (table, to([0]), to([prefix]), to([0]), to([tokens]))
     plan = attention.plan_extend([prefix], [tokens])
     plan = plan.on([each.cuda() for each in plan.tensors()])
-    batch = attention.extend_batch(write, table[0, prefix : prefix + tokens].long(), where, plan)
+    slots = table[0, prefix : prefix + tokens].long()
     q, k, v = new_rows(tokens)
-    return measure(lambda: attention.extend(0, q, k, v, batch, SCALE))
+
+    def prepare() -> Callable[[], object]:
+        batch = attention.extend_batch(write, slots, where, plan)
+        return lambda: attention.extend(0, q, k, v, batch, SCALE)
+
+    return measure(prepare)
 
 
-def flashinfer(tokens: int, prefix: int, page: int, backend: str) -> tuple[float, float]:
+def flashinfer(tokens: int, prefix: int, page: int, backend: str) -> Cost:
     """FlashInfer's paged prefill, its append included."""
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper, append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 
@@ -86,7 +117,7 @@ def flashinfer(tokens: int, prefix: int, page: int, backend: str) -> tuple[float
         append_paged_kv_cache(k, v, indices, positions, cache, order, page_starts, last, kv_layout="NHD")
         wrapper.run(q, cache)
 
-    return measure(call)
+    return measure(lambda: call)
 
 
 def main() -> None:
@@ -107,11 +138,11 @@ def main() -> None:
         new, prefix = map(int, case.split("x"))
         flop = 4 * GEOMETRY.head_dim * GEOMETRY.query_heads * (new * prefix + new * (new + 1) // 2)
         for kernel, call in kernels.items():
-            milliseconds, peak = call(new, prefix)
+            cost = call(new, prefix)
             torch.cuda.empty_cache()
-            rows.append({"new": new, "prefix": prefix, "kernel": kernel, "milliseconds": milliseconds, "peak_mib": peak})
-            rate = flop / milliseconds / 1e9
-            print(f"{new:5} on {prefix:7} {kernel:26} {milliseconds:8.3f} ms {rate:6.0f} TFLOP/s, {peak:7.1f} MiB", flush=True)
+            rows.append({"new": new, "prefix": prefix, "kernel": kernel, **asdict(cost)})
+            figures = f"{cost.milliseconds:8.3f} ms {flop / cost.milliseconds / 1e9:6.0f} TFLOP/s, host {cost.host_milliseconds:.3f} ms"
+            print(f"{new:5} on {prefix:7} {kernel:26} {figures}, {cost.peak_mib:7.1f} MiB", flush=True)
             if args.json:
                 write_report(args.json, f"python -m benchmarks.extend --cases {args.cases}", rows)
 

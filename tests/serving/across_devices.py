@@ -1,10 +1,11 @@
 """The same prompts on our server on a CPU and on a GPU: log-probabilities of tokens that are decoded one by one.
 
-    python -m tests.serving.across_devices record tests/serving/cpu_reference.json
-    python -m tests.serving.across_devices compare tests/serving/cpu_reference.json --model FOLDER
+    python -m tests.serving.across_devices record tests/serving/cpu_reference.json [--calibration FILE]
+    python -m tests.serving.across_devices compare tests/serving/cpu_reference.json --model FOLDER [--calibration FILE]
 
 `record` runs here, on the CPU path (plain torch, the specification); `compare` on a GPU host, which needs the embedded model's folder.
-Each prompt is asked twice, so that the second time its prefix comes out of the cache. Both calibrate on their own, in bfloat16.
+Each prompt is asked twice, so that the second time its prefix comes out of the cache. With the same calibration on both what differs is
+arithmetic alone; without, each calibrates on its own in bfloat16, and other rotations round other rows.
 """
 
 import argparse
@@ -37,23 +38,24 @@ def ask(server: SglangServer, parts: list[dict], scratch: Path) -> list[dict]:
     return answers
 
 
-def record(path: Path) -> None:
+def record(path: Path, calibration: tuple[str, ...]) -> None:
     """Write prompts and what the CPU path says to them."""
     from oscar_radix.model import prepare
     from tests.serving.quality import parts
 
     asked = [{"prompt": prompt, "forced": forced} for prompt, forced in parts()]
-    with tempfile.TemporaryDirectory() as scratch, SglangServer(prepare(), (*FLAGS, *CPU_FLAGS), name="reference") as server:
+    with tempfile.TemporaryDirectory() as scratch, SglangServer(prepare(), (*FLAGS, *CPU_FLAGS, *calibration), name="reference") as server:
         answers = ask(server, asked, Path(scratch))
     for answer in answers:
         answer["log_probabilities"] = [round(value, 4) for value in answer["log_probabilities"]]
     path.write_text(json.dumps({"parts": asked, "answers": answers}) + "\n")
 
 
-def compare(path: Path, model: Path) -> None:
+def compare(path: Path, model: Path, calibration: tuple[str, ...]) -> None:
     """Ask a GPU server the same; SystemExit where it differs by more than TOLERANCE on average."""
     reference = json.loads(path.read_text())
-    server = SglangServer(model, (*FLAGS, *GPU_FLAGS), name="gpu", threads=None, base_args=(), environment={"HF_HUB_OFFLINE": "1"})
+    flags = (*FLAGS, *GPU_FLAGS, *calibration)
+    server = SglangServer(model, flags, name="gpu", threads=None, base_args=(), environment={"HF_HUB_OFFLINE": "1"})
     with tempfile.TemporaryDirectory() as scratch, server:
         answers = ask(server, reference["parts"], Path(scratch))
     worst = 0.0
@@ -74,13 +76,15 @@ def main() -> None:
     parser.add_argument("what", choices=("record", "compare"))
     parser.add_argument("file", type=Path)
     parser.add_argument("--model", type=Path, help="folder of the embedded model, for compare")
+    parser.add_argument("--calibration", type=Path, help="of --oscar-calibration, on both devices")
     args = parser.parse_args()
+    calibration = ("--oscar-calibration", str(args.calibration.resolve())) if args.calibration else ()
     if args.what == "record":
-        record(args.file)
+        record(args.file, calibration)
     elif args.model is None:
         parser.error("compare needs --model")
     else:
-        compare(args.file, args.model)
+        compare(args.file, args.model, calibration)
 
 
 if __name__ == "__main__":

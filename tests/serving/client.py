@@ -40,6 +40,15 @@ OSCAR_ARGS = (
     *("--schedule-conservativeness", "0.1"),
 )
 
+GPU_ARGS = (
+    *("--dtype", "bfloat16", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--enable-cache-report"),
+    *("--skip-server-warmup", "--disable-prefill-cuda-graph"),
+)
+"""In place of CPU_ARGS: with decode CUDA graphs and overlap scheduling."""
+
+on_gpu = False
+"""Whether servers run on the GPU: pytest --on-gpu."""
+
 
 @contextlib.contextmanager
 def serve(name: str, arguments: Iterable[str], logs: Path, plugins: str | None = None) -> Iterator[SglangServer]:
@@ -50,7 +59,8 @@ def serve(name: str, arguments: Iterable[str], logs: Path, plugins: str | None =
     before = {key: os.environ.get(key) for key in changed}
     os.environ.update(changed)
     try:
-        server = SglangServer(prepare(), arguments, log_path=logs / f"{name}.log", name=name, progress=None)
+        where = {"base_args": GPU_ARGS, "environment": {"HF_HUB_OFFLINE": "1"}, "threads": None} if on_gpu else {}
+        server = SglangServer(prepare(), arguments, log_path=logs / f"{name}.log", name=name, progress=None, **where)
         server.__enter__()
     finally:
         for key, value in before.items():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.servers import SglangServer
-from tests.serving import quality
+from tests.serving import client, quality
 from tests.serving.client import COMMON_ARGS, NO_PLUGIN, OSCAR_ARGS, flush, piece, serve
 from tests.serving.workload import Turn, converse
 
@@ -31,6 +31,11 @@ class Stock:
 
     behaviour: Behaviour
     predictions: list[np.ndarray]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where `client.serve` starts servers."""
+    client.on_gpu = config.getoption("--on-gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
