@@ -1,9 +1,10 @@
-"""Extend attention: new tokens against cached pages, read in 2 bits and int8, and causally against their own chunk.
+"""Extend attention, direct: new tokens against cached pages, read in 2 bits and int8, and causally against their own chunk.
 
-No bf16 copy of the prefix exists, and no memory grows with it: a program opens a tile of tokens at a time for 128 query rows, the
-heads of a GQA group for 128 / group tokens. On Hopper `extend_hopper` does this with specialised warps; the kernel here runs
-everywhere else and is the same computation. Small chunks on long prefixes are split over the keys; the parts merge by log-sum-exp.
-Specification: `attend` over the rows that `open` and `dequantise_rows` give (oscar_radix.attention.backend).
+Nothing is written of the prefix: a program opens a tile of tokens at a time for 128 query rows, the heads of a GQA group for
+128 / group tokens. For few new tokens, and wherever `extend_dense` (which opens each token once) does not exist. On Hopper `extend_hopper`
+does this with specialised warps; the kernel here runs everywhere else and is the same computation. Small chunks on long prefixes are split
+over the keys; the parts merge by log-sum-exp. Specification: `attend` over the rows that `open` and `dequantise_rows` give
+(oscar_radix.attention.backend).
 """
 
 import torch

@@ -7,7 +7,8 @@ import torch
 
 from oscar_radix.geometry import Geometry
 from oscar_radix.policy.base import LEVELS
-from tests.kernels.attention_cases import check_decode, check_extend, check_open, check_plan, check_write
+from tests.kernels.attention_cases import check_decode, check_plan, check_write
+from tests.kernels.extend_cases import check_extend, check_open
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -121,6 +121,12 @@ def load(server: SglangServer) -> dict:
     return response.json()["loads"][0]
 
 
+def computed(tokens: int) -> int:
+    """Of the tokens of a prompt and its answer those that were computed: all but the last; with overlap scheduling the last one, too,
+    since its step was under way when the request turned out to have ended."""
+    return tokens if on_gpu else tokens - 1
+
+
 def flush(server: SglangServer) -> None:
     """Empty the cache as soon as nothing runs: the scheduler is busy a moment longer than the last answer takes to come back."""
     requests.post(f"{server.url}/flush_cache", params={"timeout": 30}, timeout=60).raise_for_status()
