@@ -105,7 +105,7 @@ def _combine(
     for first in range(0, splits, CHUNK):
         split = first + tl.arange(0, CHUNK)
         weight = tl.exp2(tl.load(lse_ptr + at + split, mask=split < splits, other=float("-inf")) - top)
-        # An empty slot has output: its weight is 0 and it is not read.
+        # An empty slot has no output: its weight is 0 and it is not read.
         parts = tl.load(partial_ptr + (at + split)[:, None] * D + channel[None, :], mask=(weight > 0)[:, None], other=0.0)
         merged += tl.sum(parts * weight[:, None], 0)
     out = merged / total
