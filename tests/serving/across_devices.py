@@ -19,7 +19,11 @@ from benchmarks.servers import SglangServer
 from tests.serving.forcing import decode_forced
 
 TOLERANCE = 0.12
-"""Largest mean absolute difference of a token's log-probability. Two runs of one server on a CPU differ by .03 to .06, by batching."""
+"""Largest mean absolute difference of a token's log-probability with one calibration. Two runs of one server on a CPU differ by .03 to .06,
+by batching."""
+OWN_CALIBRATION_TOLERANCE = 0.2
+"""The same where each calibrated on its own. Two CPU servers, one of them with a calibration of the same text by `oscar-radix calibrate`,
+differ by .07 to .25, .15 on average; an H100 differed from the CPU by .066 to .128, .088 on average."""
 
 CPU_FLAGS = ("--max-total-tokens", "1500", "--oscar-hot-fraction", "0.45")
 GPU_FLAGS = ("--disable-overlap-schedule", "--sampling-backend", "pytorch", "--grammar-backend", "none", "--max-total-tokens", "20000")
@@ -52,7 +56,7 @@ def record(path: Path, calibration: tuple[str, ...]) -> None:
 
 
 def compare(path: Path, model: Path, calibration: tuple[str, ...]) -> None:
-    """Ask a GPU server the same; SystemExit where it differs by more than TOLERANCE on average."""
+    """Ask a GPU server the same; SystemExit where it differs by more than the tolerance on average."""
     reference = json.loads(path.read_text())
     flags = (*FLAGS, *GPU_FLAGS, *calibration)
     server = SglangServer(model, flags, name="gpu", threads=None, base_args=(), environment={"HF_HUB_OFFLINE": "1"})
@@ -65,9 +69,10 @@ def compare(path: Path, model: Path, calibration: tuple[str, ...]) -> None:
         print(f"{ours['turn']}: mean difference {difference.mean():.3f}, largest {difference.max():.3f}", flush=True)
         if ours["cached_tokens"] != theirs["cached_tokens"]:
             raise SystemExit(f"{ours['cached_tokens']} tokens came out of the cache, on the CPU {theirs['cached_tokens']}")
-    if worst > TOLERANCE:
-        raise SystemExit(f"log-probabilities differ by {worst:.3f} on average, more than {TOLERANCE}")
-    print(f"within {TOLERANCE}")
+    tolerance = TOLERANCE if calibration else OWN_CALIBRATION_TOLERANCE
+    if worst > tolerance:
+        raise SystemExit(f"log-probabilities differ by {worst:.3f} on average, more than {tolerance}")
+    print(f"within {tolerance}")
 
 
 def main() -> None:
