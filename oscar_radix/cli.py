@@ -1,6 +1,7 @@
-"""`oscar-radix`: the embedded model, calibration ahead of time, and a look into calibration files."""
+"""`oscar-radix`: the embedded model, calibration ahead of time, a look into calibration files, and into a running server's radix tree."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="print model, geometry, recipe, widths and error per layer of a calibration file")
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.set_defaults(run=_inspect)
+
+    tree = commands.add_parser("tree", help="print the radix tree of a running server: tokens, levels, readers and mass of each node")
+    tree.add_argument("--url", default="http://127.0.0.1:30000", metavar="URL", help="of the server (%(default)s)")
+    tree.add_argument("--json", action="store_true", help="the nodes as JSON, one list entry a data-parallel rank")
+    tree.set_defaults(run=_tree)
     return parser
 
 
@@ -81,3 +87,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _tree(args: argparse.Namespace) -> None:
+    from oscar_radix.tree_report import fetch_trees, render
+
+    trees = fetch_trees(args.url)
+    print(json.dumps(trees) if args.json else "\n\n".join(render(tree) for tree in trees))

@@ -1,5 +1,6 @@
 """SGLang's RadixCache with our page states: owners, continuation points, hot rows of duplicates."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_c
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.patches.host_pages import note_pages, pages_of, read_pages
 from oscar_radix.pool.store import KVStore
+
+MOST_NODES = 2000
+"""Nodes in a report: about 150 bytes of JSON each."""
 
 
 def build_tree(ctx: TreeCacheBuildContext) -> Any:
@@ -156,6 +160,26 @@ class OscarRadixCache(RadixCache):
     def _path_pages(self, node: Any) -> np.ndarray:
         """Pages of all tokens up to the end of `node`: int64."""
         return np.concatenate([np.zeros(0, dtype=np.int64), *(pages_of(part.value) for part in self._path(node))])
+
+    # Reports ---------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """Nodes for `oscar-radix tree`, parents before children: the MOST_NODES that were used last, and how many are left out."""
+        now = time.monotonic()
+        # A node is used whenever a child of it is, so that no kept node loses its parent.
+        nodes = sorted(self._nodes(), key=lambda node: (-node.last_access_time, node.id))
+        kept = {node.id for node in nodes[:MOST_NODES]}
+        listed = []
+        stack = list(self.root_node.children.values())
+        while stack:
+            node = stack.pop()
+            if node.id not in kept:
+                continue
+            parent = None if node.parent is self.root_node else node.parent.id
+            about = {"id": node.id, "parent": parent, "tokens": len(node.value), "readers": node.lock_ref}
+            listed.append({**about, "idle_s": round(now - node.last_access_time, 3), **self.store.describe_pages(pages_of(node.value))})
+            stack.extend(node.children.values())
+        return {"nodes": listed, "left_out": len(nodes) - len(listed)}
 
     # Checks ----------------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,8 @@ def get_internal_state(result: Any, self: Any, recv_req: Any) -> Any:
     """AFTER Scheduler.get_internal_state: the report under `kv_quant` in /server_info."""
     if config_of(self.server_args) is None:
         return None
-    result.internal_state["kv_quant"] = {**current().metrics.report(), "integrity": _integrity(self.tree_cache)}
+    tree = self.tree_cache.describe() if isinstance(self.tree_cache, OscarRadixCache) else None
+    result.internal_state["kv_quant"] = {**current().metrics.report(), "integrity": _integrity(self.tree_cache), "tree": tree}
     return result
 
 

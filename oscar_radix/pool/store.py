@@ -1,5 +1,7 @@
 """The store: base records and hot pool of all layers, with the states and owners of their pages."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -200,6 +202,14 @@ class KVStore:
         fresh = int((owned & ~self.table.sealed).sum())
         usage["fresh"] = {"tokens": fresh * PAGE_TOKENS, "bytes": fresh * (record + block * PAGE_BLOCKS)}
         return usage
+
+    def describe_pages(self, pages: np.ndarray) -> dict[str, Any]:
+        """Of pages int64 [N]: how many are at each level, and their attention mass as of the last decision, None where none is known."""
+        counts = np.bincount(self.hot.levels[pages], minlength=LEVELS[-1] + 1)
+        levels = {str(level): int(counts[level]) for level in LEVELS}
+        known = self.mass.heat.values[pages] if self.mass else np.zeros(0, dtype=np.float32)
+        known = known[~np.isnan(known)]
+        return {"levels": levels, "mass": float(known.sum()) if len(known) else None}
 
     def check_integrity(self, free_pages: np.ndarray, tree_pages: np.ndarray) -> None:
         """Recount owners and bytes.

@@ -1,9 +1,11 @@
 """What an operator sees in the log and in /server_info."""
 
+import json
 import re
 
 import pytest
 
+from oscar_radix.cli import main
 from oscar_radix.codec import RECIPES
 from tests.serving.client import BUDGET_TOKENS, computed, log_text, pages, piece, settled
 
@@ -42,6 +44,25 @@ def test_report_in_server_info(ours):
     hot = report["hot_blocks"]
     assert hot["capacity"] - hot["free"] == tokens["32"] // 2
     assert report["rows_with_nan_or_inf"] == 0
+
+
+def test_tree_of_a_running_server(ours, capsys):
+    shared = piece(320, seed=52)
+    for seed in (53, 54):
+        ours.generate(shared + piece(100, seed=seed), 8)
+    settled(ours)
+    assert main(["tree", "--url", ours.url, "--json"]) == 0
+    (tree,) = json.loads(capsys.readouterr().out)
+    (top,) = (node for node in tree["nodes"] if node["parent"] is None)
+    assert top["tokens"] == 320
+    assert sorted(node["tokens"] for node in tree["nodes"]) == [96, 96, 320]
+    assert {node["parent"] for node in tree["nodes"]} == {None, top["id"]}
+    pages_at = {level: sum(node["levels"][level] for node in tree["nodes"]) for level in top["levels"]}
+    usage = ours.kv_quant()["levels"]
+    assert {level: 32 * count for level, count in pages_at.items()} == {level: usage[level]["tokens"] for level in pages_at}
+    assert all(node["readers"] == 0 and node["mass"] is None for node in tree["nodes"])
+    assert main(["tree", "--url", ours.url]) == 0
+    assert capsys.readouterr().out.startswith("512 tokens in 3 nodes")
 
 
 def test_periodic_line(ours):
