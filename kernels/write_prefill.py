@@ -2,7 +2,9 @@
 
 Specification: `Codec.keys_to_basis`, `queries_to_basis`, `values_to_basis`, `quantise_rows` and `HotPool.write`. A basis change x A is
 a sum of bf16 products: a number is the sum of bf16 terms of 8 bits each, a bf16 input of one, and A of three (24 bits), of which
-queries, which are rounded to fp16 (11 bits) at the end, need two. A program keeps the terms of its matrix for several blocks of tokens.
+queries, which are rounded to fp16 (11 bits) at the end, need two. The mean is subtracted in the basis, x A - mean A, so float32 rounds
+relative to x and not to what is left: an int8 code may differ by one from the specification's near a rounding edge. A program keeps the
+terms of its matrix for several blocks of tokens.
 """
 
 from dataclasses import dataclass

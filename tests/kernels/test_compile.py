@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for sm_90 and sm_80, without a GPU, and stays within the registers that its occupancy needs."""
 
 import subprocess
+from functools import lru_cache
 
 import pytest
 import triton
@@ -159,6 +160,7 @@ CASES = {
 }
 
 
+@lru_cache
 def compile_case(name: str, capability: int):
     """Triton's compiled kernel of a case."""
     kernel, constants, options, types = CASES[name]
