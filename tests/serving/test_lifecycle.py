@@ -13,7 +13,7 @@ from tests.serving.client import cached, flush, load, piece, settled
 
 def test_sglang_radix_attention_kit(ours, monkeypatch):
     """SGLang's test of random prompt trees, with fewer and shorter nodes than its default, which takes a GPU."""
-    monkeypatch.setattr(radix_cache_server_kit.gen_radix_tree, "__defaults__", (40, 96))
+    monkeypatch.setattr(radix_cache_server_kit.gen_radix_tree, "__defaults__", (24, 96))
     random.seed(20)
     radix_cache_server_kit.run_radix_attention_test(ours.url)
     settled(ours)
