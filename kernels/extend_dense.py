@@ -1,7 +1,6 @@
 """Extend attention on Hopper over fp16 rows: a round of the opened prefix, then the chunk itself.
 
-The copy engine brings tiles of keys and values; two warpgroups compute, each with 64 query rows, and take the scores of a tile while
-the values of the tile before are being added (FlashAttention-3, arXiv 2407.08608, section 3.2). Between rounds a row's accumulator,
+The copy engine brings tiles of keys and values; two warpgroups compute, each with 64 query rows. Between rounds a row's accumulator,
 maximum and total wait in memory, in float32. Small chunks are split over the tiles of a round, each part with rows of its own to wait in.
 """
 
@@ -11,16 +10,22 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from oscar_radix.kernels.extend_consumer import CONSUMER_ROWS, TILE, load_queries, mask_scores, normalise, row_addresses, softmax_step
+from oscar_radix.kernels.extend_consumer import (
+    CONSUMER_ROWS,
+    STAGES,
+    TILE,
+    attend_tiles,
+    load_queries,
+    normalise,
+    row_addresses,
+    tile_barriers,
+)
 from oscar_radix.kernels.extend_parts import merge_parts
 from oscar_radix.kernels.extend_plan import ExtendPlan
 from oscar_radix.kernels.open_rows import open_prefix
-
-STAGES = gl.constexpr(2)
-"""Tiles of keys, and of values, in shared memory."""
 
 
 @gluon.jit
@@ -50,7 +55,6 @@ def _consume(
     """64 query rows, from FIRST_ROW of the program's 128."""
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     load_queries(query_ptr, q_tile, first, length, start, head, FIRST_ROW, Hkv, G, GROUP, D)
     r = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, S))
     # A part without tiles takes one that none of its rows sees.
@@ -67,35 +71,10 @@ def _consume(
         row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, OUT))
         at, inside = row_addresses(row, first, length, start, head, Hkv, G, GROUP)
         acc = gl.load(acc_ptr + (part_rows + at)[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0)
-    blank = gl.zeros([CONSUMER_ROWS, TILE], gl.float32, S)
-    mbarrier.wait(k_full.index(0), 0)
-    s = warpgroup_mma(q_tile, k_tiles.index(0).permute((1, 0)), blank, use_acc=False)
-    mbarrier.arrive(k_free.index(0), count=1)
-    s = mask_scores(s, first_tile, prefix_tiles, prefix, lowest, token, S)
-    top, factor, p, total = softmax_step(s, top, total, P)
-    acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-    for tile in range(first_tile + 1, last_tile):
-        turn = tile - first_tile
-        stage = turn % STAGES
-        before = (turn - 1) % STAGES
-        mbarrier.wait(k_full.index(stage), (turn // STAGES) & 1)
-        mbarrier.wait(v_full.index(before), ((turn - 1) // STAGES) & 1)
-        s_next = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), blank, use_acc=False, is_async=True)
-        acc_next = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
-        s = warpgroup_mma_wait(1, [s_next])
-        s = mask_scores(s, tile, prefix_tiles, prefix, lowest, token, S)
-        top, factor, p_next, total = softmax_step(s, top, total, P)
-        # The compiler would compute the weights after the wait below; a store that needs them keeps them here.
-        order.store(total)
-        mbarrier.arrive(k_free.index(stage), count=1)
-        acc, p, p_next = warpgroup_mma_wait(0, [acc_next, p, p_next])
-        mbarrier.arrive(v_free.index(before), count=1)
-        acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, OUT))[:, None]
-        p = p_next
-    turn = last_tile - 1 - first_tile
-    mbarrier.wait(v_full.index(turn % STAGES), (turn // STAGES) & 1)
-    acc = warpgroup_mma(p, v_tiles.index(turn % STAGES), acc)
-
+    top, total, acc = attend_tiles(
+        first_tile, last_tile, prefix_tiles, prefix, lowest, token, top, total, acc, q_tile, k_tiles, v_tiles, order,
+        k_full, v_full, k_free, v_free, S, OUT, True,
+    )  # fmt: skip
     row = FIRST_ROW + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, OUT))
     at, inside = row_addresses(row, first, length, start, head, Hkv, G, GROUP)
     if last:
@@ -149,16 +128,7 @@ def extend_dense_round(
     v_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], v_rows.layout)
     q_tiles = gl.allocate_shared_memory(gl.float16, [2, CONSUMER_ROWS, D], SWIZZLED)
     order = gl.allocate_shared_memory(gl.float32, [2, CONSUMER_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=2)
-        mbarrier.init(v_free.index(stage), count=2)
-    fence_async_shared()
+    k_full, v_full, k_free, v_free = tile_barriers()
     if tiles > 0:
         gl.warp_specialize(
             [

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from oscar_radix.kernels import operands
-from oscar_radix.kernels.extend_consumer import TILE
+from oscar_radix.kernels.extend_consumer import STAGES, TILE
 from oscar_radix.kernels.extend_layouts import HALF, codes_layout, pairs_layout, rows_layout
 
 record_keys = gluon.jit(operands.record_keys.fn)
@@ -17,9 +17,6 @@ record_values = gluon.jit(operands.record_values.fn)
 int8_rows = gluon.jit(operands.int8_rows.fn)
 pair = gluon.jit(operands.pair.fn)
 twice = gluon.jit(operands.twice.fn)
-
-STAGES = gl.constexpr(2)
-"""Tiles of keys, and of values, in shared memory."""
 
 
 @gluon.jit
