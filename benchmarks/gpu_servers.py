@@ -82,8 +82,14 @@ def summary(server: SglangServer) -> dict[str, Any]:
         "decode_log": decode_log(log)[-16:],
     }
     if "kv_quant" in info["internal_states"][0]:
-        result["kv_quant"] = info["internal_states"][0]["kv_quant"]
+        result["kv_quant"] = for_the_record(info["internal_states"][0]["kv_quant"])
     return result
+
+
+def for_the_record(kv_quant: dict[str, Any]) -> dict[str, Any]:
+    """The server's report without its tree, which has a line a node, and with `~` for this machine's home folder."""
+    calibration = kv_quant["calibration"].replace(str(Path.home()), "~")
+    return {key: value for key, value in kv_quant.items() if key != "tree"} | {"calibration": calibration}
 
 
 def decode_log(log: str) -> list[tuple[int, float]]:
