@@ -85,12 +85,12 @@ def _inspect(args: argparse.Namespace) -> None:
     print(describe(args.file))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def _tree(args: argparse.Namespace) -> None:
     from oscar_radix.tree_report import fetch_trees, render
 
     trees = fetch_trees(args.url)
     print(json.dumps(trees) if args.json else "\n\n".join(render(tree) for tree in trees))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

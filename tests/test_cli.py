@@ -1,5 +1,6 @@
 """Dispatch, exit codes and error lines of `oscar-radix`; the work behind the subcommands has tests of its own."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -79,3 +80,10 @@ def test_max_tokens_must_be_positive(capsys):
     with pytest.raises(SystemExit):
         cli.main(["calibrate", "--model", "m", "--text", "t", "-o", "o", "--max-tokens", "0"])
     assert "0 is not a positive number" in capsys.readouterr().err
+
+
+def test_runs_as_a_module():
+    """As tools/setup.py runs it."""
+    command = [sys.executable, "-m", "oscar_radix.cli", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert all(name in result.stdout for name in ("model", "calibrate", "inspect", "tree"))
