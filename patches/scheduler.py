@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from oscar_radix.codec import get_recipe
 from oscar_radix.metrics import Metrics
 from oscar_radix.patches.flags import config_of
@@ -13,6 +15,7 @@ from oscar_radix.patches.refusals import freeze_weights
 from oscar_radix.patches.runtime import current
 from oscar_radix.patches.startup_calibration import load_or_calibrate
 from oscar_radix.patches.targets import problems
+from oscar_radix.pool.digest import host_state_digest
 
 logger = logging.getLogger("oscar_radix")
 
@@ -56,6 +59,11 @@ def get_internal_state(result: Any, self: Any, recv_req: Any) -> Any:
 
 
 def _integrity(tree: Any) -> str:
+    """What is wrong here or between ranks. All ranks handle the same request at the same point, so that they can compare notes."""
+    group = get_parallel().attn_tp_group
+    if group.world_size > 1 and len(digests := set(group.all_gather_object(host_state_digest(current().store)))) > 1:
+        logger.error("kv-quant oscar: tensor-parallel ranks hold different pages at different levels")
+        return f"{group.world_size} tensor-parallel ranks have {len(digests)} different page tables"
     if not isinstance(tree, OscarRadixCache):
         return "not checked: the radix cache is off"
     try:

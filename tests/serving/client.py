@@ -8,7 +8,7 @@ import random
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import requests
 from transformers import AutoTokenizer
 
-from benchmarks.servers import SglangServer
+from benchmarks.servers import CPU_ENVIRONMENT, SglangServer
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.model import prepare
 
@@ -51,15 +51,19 @@ on_gpu = False
 
 
 @contextlib.contextmanager
-def serve(name: str, arguments: Iterable[str], logs: Path, plugins: str | None = None) -> Iterator[SglangServer]:
-    """A server on the embedded model; its processes find the tests' modules. `plugins` restricts what SGLang loads."""
+def serve(
+    name: str, arguments: Iterable[str], logs: Path, plugins: str | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[SglangServer]:
+    """A server on the embedded model; its processes find the tests' modules. `plugins` restricts what SGLang loads, `environment` is set on
+    top."""
     changed = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
     if plugins is not None:
         changed["SGLANG_PLUGINS"] = plugins
     before = {key: os.environ.get(key) for key in changed}
     os.environ.update(changed)
     try:
-        where = {"base_args": GPU_ARGS, "environment": {"HF_HUB_OFFLINE": "1"}, "threads": None} if on_gpu else {}
+        where: dict[str, Any] = {"base_args": GPU_ARGS, "environment": {"HF_HUB_OFFLINE": "1"}, "threads": None} if on_gpu else {}
+        where["environment"] = {**where.get("environment", CPU_ENVIRONMENT), **(environment or {})}
         server = SglangServer(prepare(), arguments, log_path=logs / f"{name}.log", name=name, progress=None, **where)
         server.__enter__()
     finally:

@@ -11,7 +11,7 @@ from oscar_radix.model import prepare
 from tests.serving import client
 from tests.serving.client import COMMON_ARGS, NO_PLUGIN, OSCAR_ARGS, cached, log_text, pages, piece, serve, settled
 
-RANK, STRENGTH = 8, 0.06
+RANK, STRENGTH = 8, 0.09
 TOLERANCE = 0.15
 """Largest mean |difference| of a token's log-probability, ours against bf16."""
 PROMPT, HIT = 300, 200
@@ -79,6 +79,10 @@ def test_adapter_answers_as_in_bf16(adapter, logs):
         assert cached(answers[1]) == pages(HIT)
         again = decoded_again(server, answers[0], "tilt")
         settled(server)
+    print(
+        f"the adapter changes {np.abs(expected - plain).mean():.3f}; ours is {np.abs(actual - expected).mean():.3f} from bf16, "
+        f"decode {again.mean():.3f} from prefill"
+    )
     assert np.abs(expected - plain).mean() > 3 * TOLERANCE, "the adapter does nothing"
     assert np.abs(actual - expected).mean() < TOLERANCE
     assert again.mean() < TOLERANCE
