@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.servers import CPU_ARGS, CPU_ENVIRONMENT, ServerError, SglangServer
+from oscar_radix.policy import POLICIES
 
-MODES = {"ours": ("--kv-quant", "oscar"), "bf16": ("--attention-backend", "flashinfer", "--disable-prefill-cuda-graph")}
+MODES = {
+    "ours": ("--kv-quant", "oscar"),
+    **{policy: ("--kv-quant", "oscar", "--oscar-policy", policy) for policy in POLICIES},
+    "bf16": ("--attention-backend", "flashinfer", "--disable-prefill-cuda-graph"),
+}
+"""Flags of each kind of server: ours with its defaults, ours with each policy, stock."""
 LOGS = Path("build/servers")
 BEGUN = time.monotonic()
 
@@ -60,7 +66,7 @@ def serving(mode: str, args: argparse.Namespace) -> Iterator[SglangServer]:
     mode_flags = MODES[mode]
     if args.cpu:
         settings = {"base_args": CPU_ARGS, "environment": CPU_ENVIRONMENT}
-        mode_flags = mode_flags if mode == "ours" else ()
+        mode_flags = () if mode == "bf16" else mode_flags
     flags += [*mode_flags, *args.server_args]
     say(f"{mode}: starting, log {log}; flags {' '.join(map(str, flags))}")
     timeout = args.start_timeout

@@ -65,7 +65,7 @@ def split_budget(
         geometry: attention shape of this rank.
         layout: bytes of a base record.
         hot_fraction: share of the budget for hot rows.
-        parameter_bytes: bytes of the codec's bases and steps.
+        parameter_bytes: bytes of the codec's bases and steps, and of whatever else has a size of its own.
         running_requests: the user's limit; None when there is none (the server then admits what the hot pool carries).
         prefill_tokens: tokens of one prefill chunk; None when prefill is not chunked.
         by_mass: the policy goes by attention mass, whose table shares the hot pool's part of the budget.

@@ -9,6 +9,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from oscar_radix.attention.backend import TorchAttention
+from oscar_radix.attention.mass import MassSample
 from oscar_radix.attention.plan import WritePlan, plan_decode, plan_forward, plan_writes
 from oscar_radix.attention.sampling import MassSampling
 from oscar_radix.calibration.moments import MomentAccumulator
@@ -47,6 +48,8 @@ class OscarAttentionBackend(AttentionBackend):
 
             runtime.attention = TritonAttention(runtime.store, runner.req_to_token_pool.size, self.req_to_token.shape[1])
         self.sampling = MassSampling(runtime.store) if runtime.store.mass else None
+        if self.sampling:
+            runtime.attention.sample = self.sampling.every_decode_step()
         self.plan: Any = None
         self.moments: MomentAccumulator | None = None
 
@@ -57,33 +60,42 @@ class OscarAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             self.plan = None
             return
+        self._end_sample()
         store = self.runtime.store
         if forward_batch.forward_mode.is_decode():
             step = self.pages.decode(forward_batch)
             if self.on_cpu:
                 self.plan = plan_decode(store, step)
-                self._sample(True, step.sequences)
+                self.runtime.attention.sample = self._sample(True, step.sequences)
             else:
                 store.residency.prepare_decode(step)
+                self._sample(True, step.sequences, len(forward_batch.req_pool_indices))
                 self._plan_decode(forward_batch)
         else:
             sequences = self.pages.extend(forward_batch)
             if self.on_cpu:
                 self.plan = plan_forward(store, sequences)
-                self._sample(False, lambda: sequences)
+                self.runtime.attention.sample = self._sample(False, lambda: sequences)
             else:
                 self._plan_extend(forward_batch, sequences)
         self.runtime.log_periodically()
 
-    def _sample(self, decode: bool, sequences: Callable[[], list[Sequence]]) -> None:
-        """The attention of this forward is to keep what mass is made of, if it is one of those that are sampled."""
+    def _sample(self, decode: bool, sequences: Callable[[], list[Sequence]], padded: int = 0) -> MassSample | None:
+        """What the attention of this forward is to keep, if it is one of those that are sampled."""
+        return self.sampling.begin(sequences() if self.sampling.wanted(decode) else [], padded) if self.sampling else None
+
+    def _end_sample(self) -> None:
+        """Add the mass of the forward before: before anything changes levels, and without a hook behind the replay of a graph."""
         if self.sampling:
-            self.runtime.attention.sample = self.sampling.begin(sequences() if self.sampling.wanted(decode) else [])
+            self.sampling.end()
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a decode graph is captured or replayed. Padding rows have one token in page 0 and are not planned."""
         if not in_capture:
-            self.runtime.store.residency.prepare_decode(self.pages.decode(forward_batch))
+            self._end_sample()
+            step = self.pages.decode(forward_batch)
+            self.runtime.store.residency.prepare_decode(step)
+            self._sample(True, step.sequences, len(forward_batch.req_pool_indices))
             self.runtime.log_periodically()
         self._plan_decode(forward_batch)
 
@@ -103,14 +115,17 @@ class OscarAttentionBackend(AttentionBackend):
     def _plan_extend(self, forward_batch: Any, sequences: list[Sequence]) -> None:
         lengths = [sequence.seq_len - sequence.prefix_len for sequence in sequences]
         layout = np.array([[sequence.prefix_len for sequence in sequences], np.cumsum([0, *lengths[:-1]]), lengths], dtype=np.int64)
-        plan = self.runtime.attention.plan_extend([sequence.prefix_len for sequence in sequences], lengths)
+        attention = self.runtime.attention
+        plan = attention.plan_extend([sequence.prefix_len for sequence in sequences], lengths)
         writes = plan_writes(self.runtime.store, sequences)
+        attention.prefill_sample = self._sample(False, lambda: sequences)
+        rows = attention.prefill_sample.rows(lengths) if attention.prefill_sample else np.zeros((0, 1), dtype=np.int64)
         parts = [part.numpy() for part in plan.tensors()]
-        sent = upload_all([*writes, layout, *parts], self.req_to_token.device)
-        write, layout = sent[: len(writes)], sent[len(writes)]
+        sent = upload_all([*writes, layout, rows, *parts], self.req_to_token.device)
+        write, layout, rows = sent[: len(writes)], sent[len(writes)], sent[len(writes) + 1]
         where = (self.req_to_token, forward_batch.req_pool_indices, *layout.unbind())
-        plan = plan.on(sent[len(writes) + 1 :])
-        self.plan = self.runtime.attention.extend_batch(WritePlan(*write), forward_batch.out_cache_loc, where, plan)
+        plan = plan.on(sent[len(writes) + 2 :])
+        self.plan = attention.extend_batch(WritePlan(*write), forward_batch.out_cache_loc, where, plan, rows)
 
     # Run -------------------------------------------------------------------------------------------------------------
 
@@ -137,13 +152,11 @@ class OscarAttentionBackend(AttentionBackend):
         index = layer.layer_id - self.first_layer
         if self.moments is not None:
             out = self._calibrate(index, query, key, value, layer.scaling)
-        elif self.on_cpu:
-            out = self.runtime.attention.run(index, query, key, value, self.plan, layer.scaling)
-            if self.sampling and index == self.runtime.geometry.layers - 1:
-                self.sampling.end(layer.scaling)
-                self.runtime.attention.sample = None
         else:
-            out = getattr(self.runtime.attention, mode)(index, query, key, value, self.plan, layer.scaling)
+            if self.sampling:
+                self.sampling.scale = layer.scaling
+            run = self.runtime.attention.run if self.on_cpu else getattr(self.runtime.attention, mode)
+            out = run(index, query, key, value, self.plan, layer.scaling)
         return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _calibrate(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

@@ -62,7 +62,7 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
         default="none",
         help="What becomes of int8 rows outside the recent windows: 'none' drops them at once, 'window' keeps whole pages until the pool "
         "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps up to 8 "
-        "rows a page that attention reads most (CPU only so far). Default: none.",
+        "rows a page that attention reads most. Default: none.",
     )
     group.add_argument(
         "--oscar-policy-interval",
@@ -107,8 +107,6 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
         )
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_device(device, config.recipe)
-        if config.policy == "attention" and device != "cpu":
-            raise Refused("--oscar-policy attention runs on CPUs only so far; choose none, window or random")
         refuse_flags(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from (None if isinstance(error, Refused) else error)

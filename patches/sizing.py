@@ -10,6 +10,7 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 from oscar_radix.budget import split_budget
 from oscar_radix.codec import get_recipe
 from oscar_radix.codec.parameters import parameter_bytes, placeholder
+from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.patches.allocator import OscarPageAllocator
 from oscar_radix.patches.flags import config_of
@@ -17,6 +18,7 @@ from oscar_radix.patches.pool import OscarKVPool
 from oscar_radix.patches.refusals import refuse_model
 from oscar_radix.patches.runtime import Runtime, current, install
 from oscar_radix.policy import POLICIES
+from oscar_radix.pool.sample_storage import SAMPLED_QUERIES, SampleStorage
 from oscar_radix.pool.store import KVStore
 
 
@@ -38,7 +40,7 @@ def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: in
         geometry=geometry,
         layout=recipe.layout(geometry.head_dim),
         hot_fraction=config.hot_fraction,
-        parameter_bytes=parameter_bytes(recipe, geometry),
+        parameter_bytes=parameter_bytes(recipe, geometry) + SampleStorage.bytes_of(geometry, _sampled_queries(self, config)),
         running_requests=schedule.max_running_requests,
         prefill_tokens=chunk if chunk and chunk > 0 else None,
         by_mass=POLICIES[config.policy].by_mass,
@@ -72,6 +74,7 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         recent_tokens=config.recent_tokens,
         device=self.device,
         policy_interval=config.policy_interval,
+        sampled_queries=_sampled_queries(self, config),
     )
     if runtime.store.mass and get_parallel().attn_tp_size > 1:
         runtime.store.mass.heat.reduce = attn_tp_all_reduce
@@ -98,6 +101,11 @@ def build_allocator(original: Callable[..., Any], self: Any, **kwargs: Any) -> A
         device=self.device,
         kvcache=kwargs["token_to_kv_pool"],
     )
+
+
+def _sampled_queries(configurator: Any, config: OscarConfig) -> int:
+    """Queries that the store keeps at fixed addresses."""
+    return SAMPLED_QUERIES if POLICIES[config.policy].by_mass and configurator.device != "cpu" else 0
 
 
 def _geometry(configurator: Any) -> Geometry:

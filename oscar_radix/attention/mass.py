@@ -7,6 +7,7 @@ from oscar_radix.codec.int8_rows import dequantise_rows
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.attention_mass import attention_mass
 from oscar_radix.pool.mass import MassTable
+from oscar_radix.pool.sample_storage import SampleStorage
 from oscar_radix.pool.store import KVStore
 from oscar_radix.pool.upload import upload_all
 from oscar_radix.sequence import Sequence
@@ -27,13 +28,16 @@ class MassSample:
         table: where the mass goes.
         requests: sequences of a forward that are kept; those after them are not sampled.
         queries: queries of each sequence; 1 for decode.
+        storage: where queries and log-sum-exp are kept, of which requests * queries are taken and not cleared; None for memory of its own.
     """
 
-    def __init__(self, store: KVStore, table: MassTable, requests: int, queries: int = 1):
-        shape = (store.geometry.layers, requests, queries, store.geometry.query_heads)
+    def __init__(self, store: KVStore, table: MassTable, requests: int, queries: int = 1, storage: SampleStorage | None = None):
         self.store, self.table = store, table
-        self.query = torch.zeros(*shape, store.geometry.head_dim, dtype=torch.float32, device=store.device)
-        self.lse = torch.full(shape, float("inf"), dtype=torch.float32, device=store.device)
+        storage = storage or SampleStorage.empty(store.geometry, requests * queries, store.device)
+        if requests * queries > storage.queries:
+            raise ValueError(f"{requests} requests of {queries} queries are more than the {storage.queries} that there is room for")
+        self.query = storage.query[:, : requests * queries].unflatten(1, (requests, queries))
+        self.lse = storage.lse[:, : requests * queries].unflatten(1, (requests, queries))
 
     def keep(self, layer: int, request: int, query: torch.Tensor, lse: torch.Tensor) -> None:
         """Keep the last of a sequence's new queries [n, Hq, D] and their log-sum-exp [n, Hq]; fewer than asked for: all of them."""
@@ -44,15 +48,20 @@ class MassSample:
             self.query[layer, request, wanted - count :] = query[-count:]
             self.lse[layer, request, wanted - count :] = lse[-count:]
 
-    def keep_rows(self, layer: int, query: torch.Tensor, lse: torch.Tensor, rows: torch.Tensor) -> None:
-        """`keep` for a whole batch without the host: query [N, Hq, D] and lse [N, Hq] of all new tokens.
+    def keep_rows(self, layer: int, query: torch.Tensor, lse: torch.Tensor, rows: torch.Tensor, factor: float = 1.0) -> None:
+        """`keep` for a whole batch without the host: query [N, Hq, D] and lse [N, Hq] of all new tokens, on any device.
 
         Args:
             rows: int64 [B, queries] of `last_rows`, on the device; B at most `requests`.
+            factor: multiplies the queries.
         """
-        index = rows.clamp(min=0)
-        self.query[layer, : len(rows)] = query[index].float()
-        self.lse[layer, : len(rows)] = lse[index].masked_fill(rows[..., None] < 0, float("inf"))
+        index, missing = rows.clamp(min=0), rows[..., None] < 0
+        self.query[layer, : len(rows)] = query[index].float().masked_fill(missing[..., None], 0.0) * factor
+        self.lse[layer, : len(rows)] = lse[index].masked_fill(missing, float("inf"))
+
+    def rows(self, lengths: list[int]) -> np.ndarray:
+        """What `keep_rows` takes, of a prefill batch of `lengths` new tokens: int64 [requests or fewer, queries], on the host."""
+        return last_rows(lengths[: self.query.shape[1]], self.query.shape[2])
 
     def add(self, pages: torch.Tensor, lengths: torch.Tensor, scale: float, nearest: int = 0) -> None:
         """Add the mass of the forward's first B sequences to the pages that hold a slot.

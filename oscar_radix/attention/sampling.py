@@ -1,5 +1,7 @@
 """Which forwards are sampled for attention mass, and by how many queries."""
 
+import torch
+
 from oscar_radix.attention.mass import MassSample, page_table
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.pool.store import KVStore
@@ -9,42 +11,64 @@ DECODE_INTERVAL = 32
 """Forwards from one sampled decode step to the next; counted over all forwards, so that every rank samples the same ones."""
 
 PREFILL_QUERIES = 32
-"""Last new queries of each sequence of a prefill, which are always sampled."""
+"""Last new queries of each sequence of a prefill, which are always sampled; fewer where they do not fit into the store's room for them."""
 
 NEAREST = PAGE_TOKENS
 """Tokens right before a query that get nothing from it: every reader has them in its window, whatever becomes of their page."""
 
 
 class MassSampling:
-    """Adds the mass of a forward to the store's table, from `begin` after the forward is planned to `end` after its last layer.
+    """Adds the mass of a forward to the store's table, from `begin` when the forward is planned to `end` after its last layer.
 
-    Between them the attention backend fills the sample that `begin` returns, layer by layer.
+    Between them the attention backend fills the sample that `begin` returns, layer by layer. `end` may come as late as before the next
+    forward is planned: what is freed until then counts no more.
 
     Args:
-        store: has a mass table; its pages' levels do not change between `begin` and `end`.
+        store: has a mass table; the device's tables of pages and levels do not change between `begin` and `end`.
+
+    Attributes:
+        scale: what multiplies the scores; set by whoever runs the layers.
     """
 
     def __init__(self, store: KVStore):
         if store.mass is None:
             raise ValueError(f"policy {store.residency.policy.name} does not go by attention mass; there is no table to fill")
         self.store = store
+        self.scale = 1.0
         self._sample: MassSample | None = None
-        self._sequences: list[Sequence] = []
+        self._where: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def every_decode_step(self) -> MassSample | None:
+        """What decode steps of at most so many requests fill whether sampled or not, since CUDA graphs replay; None without room for it."""
+        storage = self.store.mass.storage
+        return MassSample(self.store, self.store.mass.table, storage.queries, storage=storage) if storage else None
 
     def wanted(self, decode: bool) -> bool:
         """Whether the forward that was planned last is sampled."""
         return not decode or self.store.residency.now % DECODE_INTERVAL == 0
 
-    def begin(self, sequences: list[Sequence]) -> MassSample | None:
-        """Start with the sequences of a forward that is `wanted`, in batch order. Without any: None, and nothing need be kept."""
-        self._sample, self._sequences = None, sequences
-        if sequences:
+    def begin(self, sequences: list[Sequence], padded: int = 0) -> MassSample | None:
+        """Start with the sequences of a forward that is `wanted`, in batch order.
+
+        Args:
+            sequences: none: nothing need be kept, and nothing is.
+            padded: rows of a decode step, sequences and padding; more than there is room for keep nothing.
+
+        Returns:
+            What the forward is to fill; of a prefill batch, perhaps not of all its sequences.
+        """
+        self._sample = None
+        storage = self.store.mass.storage
+        room = storage.queries if storage else len(sequences) * PREFILL_QUERIES
+        if sequences and padded <= room:
+            count = min(len(sequences), room)
             longest = max(sequence.seq_len - sequence.prefix_len for sequence in sequences)
-            self._sample = MassSample(self.store, self.store.mass.table, len(sequences), min(PREFILL_QUERIES, longest))
+            self._sample = MassSample(self.store, self.store.mass.table, count, min(PREFILL_QUERIES, longest, room // count), storage)
+            self._where = page_table(sequences[:count], self.store.device)
         return self._sample
 
-    def end(self, scale: float) -> None:
-        """Add what was kept; `scale` is what multiplied the scores. Nothing happens after a forward that was not sampled."""
+    def end(self) -> None:
+        """Add what was kept. Nothing happens after a forward that was not sampled."""
         sample, self._sample = self._sample, None
         if sample is not None:
-            sample.add(*page_table(self._sequences, self.store.device), scale, NEAREST)
+            sample.add(*self._where, self.scale, NEAREST)

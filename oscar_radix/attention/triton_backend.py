@@ -15,6 +15,7 @@ from oscar_radix.kernels.decode_plan import DecodePlan, decode_parts, plan_decod
 from oscar_radix.kernels.extend import extend
 from oscar_radix.kernels.extend_dense import DenseBuffers, extend_dense
 from oscar_radix.kernels.extend_plan import ExtendPlan, plan_extend
+from oscar_radix.kernels.keep_queries import keep_queries
 from oscar_radix.kernels.leave_basis import leave_basis
 from oscar_radix.kernels.seal import seal
 from oscar_radix.kernels.write import write_decode
@@ -180,8 +181,9 @@ class TritonAttention:
             extend(query, rows.own, *cache, batch.plan.blocks, batch.plan.splits, target, lse)
         if lse is not None:
             # The kernel's queries carry the softmax scale and log2(e), and are fp16.
-            self.prefill_sample.keep_rows(layer, query, lse, batch.sample_rows)
-            self.prefill_sample.query[layer, : len(batch.sample_rows)] /= softmax_scale * LOG2_E
+            rows, kept = batch.sample_rows, self.prefill_sample
+            factor = 1 / (softmax_scale * LOG2_E)
+            keep_queries(query, lse, rows, kept.query[layer, : len(rows)], kept.lse[layer, : len(rows)], factor)
         if not folded:
             leave_basis(target, *views.values, out)
         return out

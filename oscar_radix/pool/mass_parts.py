@@ -6,14 +6,17 @@ import numpy as np
 
 from oscar_radix.pool.heat import PageHeat
 from oscar_radix.pool.mass import MassTable
+from oscar_radix.pool.sample_storage import SampleStorage
 
 
 @dataclass(frozen=True)
 class MassParts:
-    """Both follow the pages: whoever frees, empties or moves one says so here."""
+    """Table and heat follow the pages: whoever frees, empties or moves one says so here."""
 
     table: MassTable
     heat: PageHeat
+    storage: SampleStorage | None = None
+    """Where sampled queries are kept; None where every sampled forward takes memory of its own, on a CPU."""
 
     def forget(self, pages: np.ndarray) -> None:
         """`pages` (int64 [N]) are freed."""
@@ -36,8 +39,8 @@ class MassParts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.table.nbytes + self.heat.nbytes
+        """Bytes of all of them."""
+        return self.table.nbytes + self.heat.nbytes + (self.storage.nbytes if self.storage else 0)
 
     def check_integrity(self, levels: np.ndarray) -> None:
         """Every slot is free or one page's, and that page holds hot rows.

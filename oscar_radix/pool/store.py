@@ -18,6 +18,7 @@ from oscar_radix.pool.mass_parts import MassParts
 from oscar_radix.pool.pages import Owner, PageTable
 from oscar_radix.pool.request_pages import RequestPages
 from oscar_radix.pool.residency import Residency
+from oscar_radix.pool.sample_storage import SampleStorage
 
 
 class KVStore:
@@ -35,6 +36,7 @@ class KVStore:
         recent_tokens: W.
         device: where the buffers live.
         policy_interval: forwards between two decisions of a policy that goes by attention mass.
+        sampled_queries: room at a fixed place for queries of a sampled forward, for such a policy; 0: each takes its own.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class KVStore:
         recent_tokens: int,
         device: torch.device | str,
         policy_interval: int = 32,
+        sampled_queries: int = 0,
     ):
         self.geometry = geometry
         self.layout = layout
@@ -59,7 +62,8 @@ class KVStore:
         self.mass: MassParts | None = None
         if policy.by_mass:
             table = MassTable(geometry, pages + 1, max(1, hot_blocks // SLOT_BLOCKS), device)
-            self.mass = MassParts(table, PageHeat(table, pages + 1))
+            storage = SampleStorage.empty(geometry, sampled_queries, device) if sampled_queries else None
+            self.mass = MassParts(table, PageHeat(table, pages + 1), storage)
         self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens, self.mass, policy_interval)
         self.codec: Codec | None = None
         self.adopted = 0

@@ -27,6 +27,7 @@ class Readers:
         self.server = MiniServer(self.store)
         self.attention = TorchAttention(self.store)
         self.sampling = MassSampling(self.store)
+        self.sampling.scale = SCALE
         self.table = self.store.mass.table
 
     def read(self, prompt: list[int], look_at: int | None = None, answer: int = 0) -> np.ndarray:
@@ -56,8 +57,8 @@ class Readers:
                 basis = self.store.codec.query_basis[layer, HEAD]
                 q[:, 2 * HEAD : 2 * HEAD + 2] = torch.linalg.solve(basis.T, key) * 50
             self.attention.run(layer, q, k, v, plan, SCALE)
-        self.sampling.end(SCALE)
         self.attention.sample = None
+        self.sampling.end()
 
     def mass(self, page: int) -> torch.Tensor:
         """[32], what the looking head gave to each token of a page."""

@@ -3,6 +3,8 @@
 `TRITON_INTERPRET=1 python -m tests.kernels.mass_levels_cases` runs tiny sizes on a CPU.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 
@@ -120,6 +122,23 @@ def compare_mass(geometry: Geometry, lengths: list[int], queries: int, nearest: 
     assert torch.equal(tables[1].values, before)
 
 
+def compare_kept(query_heads: int, dim: int, lengths: list[int], queries: int, seed: int, device: str) -> None:
+    """`keep_queries` of fp16 queries into poisoned memory: what `keep_rows` keeps."""
+    from oscar_radix.kernels.keep_queries import keep_queries
+
+    draw = torch.Generator().manual_seed(seed)
+    query = torch.randn(sum(lengths), query_heads, dim, generator=draw).half().to(device)
+    lse = torch.randn(sum(lengths), query_heads, generator=draw).to(device)
+    geometry = Geometry(1, 1, query_heads, dim)
+    sample = MassSample(SimpleNamespace(geometry=geometry, device=device), None, len(lengths), queries)
+    rows = torch.from_numpy(sample.rows(lengths)).to(device)
+    sample.keep_rows(0, query, lse, rows, factor=3.0)
+    kept = torch.full_like(sample.query[0], float("nan")), torch.full_like(sample.lse[0], float("nan"))
+    keep_queries(query, lse, rows, *kept, 3.0)
+    assert torch.equal(kept[0], sample.query[0])
+    assert torch.equal(kept[1], sample.lse[0])
+
+
 def compare_levels(geometry: Geometry, level: int, pages: int, seed: int, device: str) -> None:
     """From every level above `level`, scores with ties, NaN and infinities: the same bytes in every buffer."""
     from oscar_radix.kernels.levels import keep_rows_kernel
@@ -168,6 +187,7 @@ def main() -> None:
     mend_interpreter()
     emulate(decode_records, mass_records)
     small = Geometry(2, 2, 6, 64)
+    compare_kept(6, 64, [5, 1, 3], queries=4, seed=6, device="cpu")
     compare_levels(small, 2, pages=6, seed=0, device="cpu")
     compare_levels(small, 8, pages=3, seed=1, device="cpu")
     compare_mass(small, [150, 33], queries=1, nearest=0, seed=2, device="cpu")

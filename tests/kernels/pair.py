@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from oscar_radix.attention.backend import TorchAttention
+from oscar_radix.attention.mass import MassSample
 from oscar_radix.attention.plan import plan_forward
 from oscar_radix.codec import get_recipe
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
@@ -54,6 +55,9 @@ class Pair:
             self.done[i] = end
         q, k, v = (x.to(self.device) for x in random_qkv(self.geometry, sum(counts.values()), self.draw))
         plans = [plan_forward(store, sequences) for store in self.stores]
+        queries = 1 if decode else 7
+        samples = [MassSample(store, None, len(counts), queries) for store in self.stores]
+        self.spec.sample, self.ours.sample, self.ours.prefill_sample = samples[0], samples[1], samples[1]
         expected = self.spec.run(0, q, k, v, plans[0], SCALE)
         to = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
         rows, slots = to(list(counts)), torch.cat(slots).long()
@@ -67,11 +71,20 @@ class Pair:
             where = (self.rows, rows, to([s.prefix_len for s in sequences]), to(starts), to(lengths))
             plan = self.ours.plan_extend([s.prefix_len for s in sequences], lengths)
             plan = plan.on([each.to(self.device) for each in plan.tensors()])
-            batch = self.ours.extend_batch(plans[1].write, slots, where, plan)
+            batch = self.ours.extend_batch(plans[1].write, slots, where, plan, to(samples[1].rows(lengths)))
             actual = self.ours.extend(0, q, k, v, batch, SCALE)
         error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < 6e-3, f"relative error {error:.2e} at {counts}, decode {decode}"
         self.compare_records()
+        self.compare_samples(*samples)
+
+    def compare_samples(self, theirs: MassSample, ours: MassSample) -> None:
+        """Layer 0's queries in the basis, which a prefill kernel holds in fp16, and their log-sum-exp; inf where there is no query."""
+        counted = theirs.lse[0].isfinite()
+        assert torch.equal(counted, ours.lse[0].isfinite())
+        assert (theirs.lse[0] - ours.lse[0])[counted].abs().max() < 2e-2
+        expected = theirs.query[0][counted]
+        assert (ours.query[0][counted] - expected).norm() / expected.norm() < 2e-3
 
     def compare_records(self) -> None:
         """A row may differ by one int8 step: the basis change is float32 here, float64 in the specification."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oscar_radix.geometry import Geometry
-from tests.kernels.mass_levels_cases import SCALE, compare_levels, compare_mass, random_store, sample_of
+from tests.kernels.mass_levels_cases import SCALE, compare_kept, compare_levels, compare_mass, random_store, sample_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -31,6 +31,11 @@ def test_mass_at_the_edges_of_pages_tiles_and_programs(length, nearest):
     if nearest >= length:
         nearest = 0
     compare_mass(Geometry(2, 4, 16, 128), [length, length, 500], 2, nearest, seed=length, device="cuda")
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(32, 128), (28, 128), (9, 64)])
+def test_kept_queries(heads, dim):
+    compare_kept(heads, dim, [300, 1, 31, 32, 33], queries=32, seed=heads, device="cuda")
 
 
 def test_mass_of_a_sequence_is_one_a_query_head():

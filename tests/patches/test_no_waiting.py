@@ -47,6 +47,20 @@ def test_a_decode_step(server):
     assert server.store.requests.decode_rows_read_back == 0
 
 
+@pytest.mark.parametrize("device", [GPU])
+def test_decisions_by_attention_mass(device):
+    """Sums of mass come to the host without a wait; decisions, settling and lowering by them, too."""
+    store = make_store(pages=60, hot_pages=20, policy="attention", recent_tokens=64, geometry=TINY, device=device, policy_interval=8)
+    server = MiniServer(store)
+    begin(server)
+    requests = [server.start(tokens_of([1, 2, 3], tail=tail)) for tail in (3, 30, 31)]
+    server.prefill([(request, request.prompt_left) for request in requests])
+    for step in range(5 * PAGE_TOKENS):
+        server.decode(requests, [step] * 3)
+    torch.cuda.set_sync_debug_mode("default")
+    assert store.residency.demotions > 0
+
+
 def test_a_whole_conversation(server):
     """Hits, chunks, duplicates, generation into the tree, retraction, eviction."""
     begin(server)

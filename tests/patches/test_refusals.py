@@ -194,11 +194,6 @@ def test_cuda_needs_a_recipe_with_kernels():
     refuse_device("cpu", "oscar")
 
 
-def test_the_policy_attention_runs_on_cpus_only(model_folder):
-    message = refusal("--kv-quant", "oscar", "--device", "cuda", "--oscar-policy", "attention")
-    assert "--oscar-policy attention runs on CPUs only so far; choose none, window or random" in message
-
-
 # --kv-quant none -----------------------------------------------------------------------------------------------------
 
 
