@@ -62,8 +62,8 @@ class MassTable:
             self.given[taken] = self.total_given + 1 + np.arange(len(new))
             self.total_given += len(new)
             index = upload(np.array(taken), self.device)
-            self.values[:, index] = 0.0
-            self.visits[index] = 0.0
+            self.values.index_fill_(1, index, 0.0)
+            self.visits.index_fill_(0, index, 0.0)
             self._changed.update(new.tolist())
         return self.slots[pages] >= 0
 
