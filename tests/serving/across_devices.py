@@ -64,7 +64,7 @@ def record(path: Path, calibration: tuple[str, ...]) -> None:
 
 
 def check(answers: list[dict], reference: dict[str, Any], tolerance: float, same_hits: bool = True) -> str:
-    """Compare answers to the first parts of a reference.
+    """Compare answers to the first parts of a reference, and to the first positions of each.
 
     Args:
         answers: of `ask`.
@@ -81,7 +81,8 @@ def check(answers: list[dict], reference: dict[str, Any], tolerance: float, same
     pairs = list(zip(answers, reference["answers"], reference["bf16"], strict=False))
     apart, error, allowed = [], [], []
     for ours, theirs, exact in pairs:
-        mine, cpu, bf16 = (np.array(answer["log_probabilities"]) for answer in (ours, theirs, exact))
+        asked = len(ours["log_probabilities"])
+        mine, cpu, bf16 = (np.array(answer["log_probabilities"])[:asked] for answer in (ours, theirs, exact))
         apart.append(np.abs(mine - cpu))
         error.append(np.abs(mine - bf16))
         allowed.append(np.abs(cpu - bf16))

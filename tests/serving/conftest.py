@@ -55,7 +55,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stock(logs: Path) -> Stock:
     """SGLang without the plugin; stopped when this fixture returns."""
-    with serve("stock", BF16_ARGS, logs, plugins=NO_PLUGIN) as server:
+    # Its default backend on Hopper, FA3, comes in a wheel of its own, which a GPU host may lack.
+    backend = ["--attention-backend", "triton"] if client.on_gpu else []
+    with serve("stock", [*BF16_ARGS, *backend], logs, plugins=NO_PLUGIN) as server:
         behaviour = observe(server)
         predictions = [quality.predictions(server, part, logs)[1] for part in quality.parts()]
     return Stock(behaviour, predictions)

@@ -24,8 +24,8 @@ class Turn:
     log_p: np.ndarray
 
 
-def converse(server: SglangServer, scratch: Path, script: list[list[Turn]] | None = None, waves: int = WAVES) -> list[list[Turn]]:
-    """Both turns of every conversation, [CONCURRENT * waves][2], under two system prompts.
+def converse(server: SglangServer, scratch: Path, script: list[list[Turn]] | None = None) -> list[list[Turn]]:
+    """Both turns of every conversation, [CONCURRENT * WAVES][2], under two system prompts.
 
     The waves take their second turns in reverse order: the last one finds what it left, the first one what eviction left.
 
@@ -33,7 +33,7 @@ def converse(server: SglangServer, scratch: Path, script: list[list[Turn]] | Non
         scratch: folder for scratch files.
         script: an earlier run, whose answers are decoded again; None for the server's own greedy answers.
     """
-    turns: list[list[Turn]] = [[] for _ in range(CONCURRENT * waves)]
+    turns: list[list[Turn]] = [[] for _ in range(CONCURRENT * WAVES)]
 
     def take_turn(number: int) -> Turn:
         done = turns[number]
@@ -50,7 +50,7 @@ def converse(server: SglangServer, scratch: Path, script: list[list[Turn]] | Non
             meta, log_p = decode_forced(server, prompt, answer, scratch / f"{server.name}-{number}")
         return Turn(prompt, meta["cached_tokens"], answer, log_p)
 
-    for wave in [*range(waves), *reversed(range(waves))]:
+    for wave in [*range(WAVES), *reversed(range(WAVES))]:
         members = range(wave * CONCURRENT, (wave + 1) * CONCURRENT)
         for number, turn in zip(members, together([lambda number=number: take_turn(number) for number in members]), strict=True):
             turns[number].append(turn)
