@@ -65,7 +65,7 @@ def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = Fa
         cache, codec = attention._layer_cache(layer), store.codec
         parameters = (codec.key_parameters(layer), codec.value_parameters(layer))
         plan = attention.decode_plan(batch)
-        decode(query, cache, store.hot.device_block_table, *parameters, (table, rows, last + 1), plan, workspace, out, SCALE, False)
+        decode(query, cache, store.hot.device_block_table, *parameters, last + 1, plan, workspace, out, SCALE, False)
 
     launches = [lambda layer=layer: launch(layer) for layer in range(LAYERS)]
     microseconds = graph_microseconds(launches)

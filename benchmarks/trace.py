@@ -24,7 +24,7 @@ OURS = {
     "ours: combine": ("_combine",),
     "ours: write": ("_write_rows", "_write_prefill"),
     "ours: seal": ("_seal",),
-    "ours: plan": ("_list_hot_pages", "_assign_parts"),
+    "ours: plan": ("_list_pages", "_assign_parts"),
     "ours: levels and mass": ("_keep_rows", "mass_records", "_add_mass"),
     "ours: extend": ("_extend", "extend_hopper", "extend_dense_round", "_open_prefix", "_merge_parts", "_leave_basis"),
 }

@@ -26,11 +26,10 @@ def _leave_empty(lse_ptr, slots, members):
     tl.store(lse_ptr + g * slots, tl.full([32], float("-inf"), tl.float32), mask=g < members)
 
 
-@triton.jit(do_not_specialize=["row_stride", "list_stride", "slots"])
+@triton.jit(do_not_specialize=["page_stride", "list_stride", "slots"])
 def _stage1(
     query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
-    req_to_token, req_rows, seq_lens, list_ptr, count_ptr, part_starts, part_requests, out_ptr, lse_ptr, row_stride, list_stride,
-    softmax_scale, slots,
+    seq_lens, plan_pages, list_ptr, count_ptr, part_starts, part_requests, out_ptr, lse_ptr, page_stride, list_stride, softmax_scale, slots,
     Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PASSES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -53,7 +52,7 @@ def _stage1(
     cost = records + HOT_TILE_COST * tiles
     low = split * cost // splits
     high = (split + 1) * cost // splits
-    pages_ptr = req_to_token + tl.load(req_rows + request).to(tl.int64) * row_stride
+    pages_ptr = plan_pages + request * page_stride
     query_head = head * G + member
     query = query_ptr + (request * Hkv * G + query_head) * D
     # A sequence has a slot more than parts: part i writes its records to slot i, its hot rows to slot i + 1.
@@ -123,7 +122,7 @@ def decode(
     block_table: torch.Tensor,
     key_parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     value_parameters: tuple[torch.Tensor, torch.Tensor],
-    sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    lengths: torch.Tensor,
     plan: DecodePlan,
     workspace: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
@@ -140,7 +139,7 @@ def decode(
         block_table: int32 [P, 16].
         key_parameters: key_step, key_zero float32 [Hkv, D]; key_masks uint8 [Hkv, 4, D/4].
         value_parameters: value_rotation float32 [Hkv, D, D], value_mean float32 [Hkv, D].
-        sequences: req_to_token int32 [R, C], rows of it int [B], tokens int [B].
+        lengths: int [B], tokens.
         plan: of `plan_decode` for these sequences.
         workspace: partial outputs float32 [Hq, P + B, D], their log-sum-exp float32 [Hq, P + B]; P parts of the plan.
         out: [B, Hq, D], any float dtype; written.
@@ -153,7 +152,6 @@ def decode(
         raise ValueError(f"decode kernels exist for head dims 64 and 128, not {dim}")
     kv_heads = key_parameters[0].shape[0]
     group = query_heads // kv_heads
-    req_to_token, rows, lengths = sequences
     partial, lse = workspace
     slots = lse.shape[1]
     parts = slots - batch
@@ -161,9 +159,9 @@ def decode(
     passes = triton.cdiv(group, PASS_HEADS.value)
     overlap = compute_capability(query) >= 9
     _stage1[(kv_heads * passes, parts)](
-        query, k_codes, v_codes, scales.view(torch.uint8), *rest, block_table, *key_parameters, req_to_token, rows, lengths,
-        plan.pages, plan.counts, plan.starts, plan.requests, partial, lse, req_to_token.stride(0), plan.pages.stride(0), softmax_scale,
-        slots, Hkv=kv_heads, G=group, D=dim, PASSES=passes,
+        query, k_codes, v_codes, scales.view(torch.uint8), *rest, block_table, *key_parameters, lengths,
+        plan.pages, plan.hot, plan.counts, plan.starts, plan.requests, partial, lse, plan.pages.stride(0), plan.hot.stride(0),
+        softmax_scale, slots, Hkv=kv_heads, G=group, D=dim, PASSES=passes,
         OVERLAP=overlap, num_warps=1, maxnreg=128, launch_pdl=overlap,
     )  # fmt: skip
     # Few rows: several programs each, while nothing needs all channels at once.

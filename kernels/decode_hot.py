@@ -54,7 +54,7 @@ def _query_operands(query_ptr, row, t, D: tl.constexpr):
 def _block(list_ptr, table_ptr, pages_ptr, item, place, blocks_per_page, last_item):
     """Number of the block at `place` (0..15) of a tile whose first page is entry `item` of the list; and its page's index."""
     index = tl.load(list_ptr + tl.minimum(item + place // blocks_per_page, last_item))
-    page = tl.load(pages_ptr + index * 32) // 32
+    page = tl.load(pages_ptr + index)
     return tl.load(table_ptr + page * TILE_BLOCKS + place % blocks_per_page).to(tl.int64), index
 
 

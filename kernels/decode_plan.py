@@ -1,8 +1,9 @@
-"""The plan of a decode step, made on the device once and used by every layer: pages with hot rows, and who reads what.
+"""The plan of a decode step, made on the device once and used by every layer: its pages, those with hot rows, and who reads what.
 
 A part is a one-warp program of stage 1 for each KV head and pass of query heads; there are as many as the GPU holds at once. A sequence
 gets parts in proportion to the bytes that it reads: the least cost c for which the sum of ceil(cost / c) fits. The host knows neither
-lengths nor levels, so a CUDA graph replays.
+lengths nor levels, so a CUDA graph replays. Layers read the plan's pages, not req_to_token: a server may give that a new page of the same
+tokens, which this step's levels and blocks do not know, as soon as the step is planned.
 """
 
 from dataclasses import dataclass
@@ -37,24 +38,26 @@ LARGEST_PARTS = 1024
 class DecodePlan:
     """Addresses of a step's plan.
 
-    pages int32 [B, N]: indices of each sequence's pages that hold hot rows, those of levels 32, 8, 4, 2 one after the other; counts int32
-    [B, 4]: their numbers; starts int32 [B + 1]: the first part of each sequence; requests int32 [P]: the sequence of each part, or -1.
+    pages int32 [B, C]: page numbers of each sequence; hot int32 [B, N]: indices of those that hold hot rows, of levels 32, 8, 4, 2 one
+    after the other; counts int32 [B, 4]: their numbers; starts int32 [B + 1]: the first part of each sequence; requests int32 [P]: the
+    sequence of each part, or -1.
     """
 
     pages: torch.Tensor
+    hot: torch.Tensor
     counts: torch.Tensor
     starts: torch.Tensor
     requests: torch.Tensor
 
     @staticmethod
-    def empty(batch: int, pages: int, parts: int, device: torch.device) -> "DecodePlan":
-        """Room for a plan."""
-        sizes = ((batch, pages), (batch, 4), (batch + 1,), (parts,))
+    def empty(batch: int, pages: int, hot_pages: int, parts: int, device: torch.device) -> "DecodePlan":
+        """Room for a plan of `batch` sequences of at most `pages` pages, `hot_pages` of them with hot rows."""
+        sizes = ((batch, pages), (batch, hot_pages), (batch, 4), (batch + 1,), (parts,))
         return DecodePlan(*(torch.zeros(size, dtype=torch.int32, device=device) for size in sizes))
 
     def of(self, batch: int, parts: int) -> "DecodePlan":
         """The beginnings, for a smaller batch."""
-        return DecodePlan(self.pages[:batch], self.counts[:batch], self.starts[: batch + 1], self.requests[:parts])
+        return DecodePlan(self.pages[:batch], self.hot[:batch], self.counts[:batch], self.starts[: batch + 1], self.requests[:parts])
 
 
 def decode_parts(batch: int, kv_heads: int, group: int, multiprocessors: int) -> int:
@@ -63,9 +66,12 @@ def decode_parts(batch: int, kv_heads: int, group: int, multiprocessors: int) ->
     return max(min(programs, LARGEST_PARTS), batch)
 
 
-@triton.jit(do_not_specialize=["row_stride", "list_stride"])
-def _list_hot_pages(req_to_token, req_rows, seq_lens, levels_ptr, list_ptr, count_ptr, row_stride, list_stride, CHUNK: tl.constexpr):
-    """Indices of a request's pages that hold hot rows, those of one level together and in order, and their numbers."""
+@triton.jit(do_not_specialize=["row_stride", "page_stride", "list_stride"])
+def _list_pages(
+    req_to_token, req_rows, seq_lens, levels_ptr, plan_pages, list_ptr, count_ptr, row_stride, page_stride, list_stride,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A request's pages; indices of those that hold hot rows, of one level together and in order, and their numbers."""
     request = tl.program_id(0)
     pages = (tl.load(seq_lens + request).to(tl.int32) + PAGE - 1) // PAGE
     row = tl.load(req_rows + request).to(tl.int64) * row_stride
@@ -74,7 +80,11 @@ def _list_hot_pages(req_to_token, req_rows, seq_lens, levels_ptr, list_ptr, coun
         before = listed
         for start in range(0, pages, CHUNK):
             index = start + tl.arange(0, CHUNK)
-            page = tl.load(req_to_token + row + index * PAGE, mask=index < pages, other=0) // PAGE
+            if which == 0:
+                page = tl.load(req_to_token + row + index * PAGE, mask=index < pages, other=0) // PAGE
+                tl.store(plan_pages + request * page_stride + index, page, mask=index < pages)
+            else:
+                page = tl.load(plan_pages + request * page_stride + index, mask=index < pages, other=0)
             wanted = (tl.load(levels_ptr + page).to(tl.int32) == HOT_LEVELS[which]) & (index < pages)
             place = listed + tl.cumsum(wanted.to(tl.int32), 0) - 1
             tl.store(list_ptr + request * list_stride + place, index, mask=wanted)
@@ -126,9 +136,10 @@ def plan_decode(sequences: tuple[torch.Tensor, torch.Tensor, torch.Tensor], leve
         plan: written.
     """
     req_to_token, rows, lengths = sequences
-    _list_hot_pages[(len(rows),)](
-        req_to_token, rows, lengths, levels, plan.pages, plan.counts, req_to_token.stride(0), plan.pages.stride(0), CHUNK=1024, num_warps=4
-    )
+    _list_pages[(len(rows),)](
+        req_to_token, rows, lengths, levels, plan.pages, plan.hot, plan.counts, req_to_token.stride(0), plan.pages.stride(0),
+        plan.hot.stride(0), CHUNK=1024, num_warps=4,
+    )  # fmt: skip
     assign_parts(lengths, plan)
 
 

@@ -195,8 +195,8 @@ def read_records(
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
-    current = tl.load(pages_ptr + first * 32) // 32
-    following = tl.load(pages_ptr + tl.minimum(first + 1, last - 1) * 32) // 32
+    current = tl.load(pages_ptr + first)
+    following = tl.load(pages_ptr + tl.minimum(first + 1, last - 1))
     record = current.to(tl.int64) * Hkv + head
     mask = tl.load(hot_mask_ptr + record)
     k, v, s = _load_page(k_ptr, v_ptr, s_ptr, record, g, t, D)
@@ -211,7 +211,7 @@ def read_records(
         next_record = following.to(tl.int64) * Hkv + head
         next_mask = tl.load(hot_mask_ptr + next_record)
         next_k, next_v, next_s = _load_page(k_ptr, v_ptr, s_ptr, next_record, g, t, D)
-        following = tl.load(pages_ptr + tl.minimum(index + 2, last - 1) * 32) // 32
+        following = tl.load(pages_ptr + tl.minimum(index + 2, last - 1))
         # Bit i: token i is read elsewhere, or does not exist.
         skipped = mask | _tail(tl.maximum((index + 1) * 32 - tokens, 0))
         if skipped != -1:

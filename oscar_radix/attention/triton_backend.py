@@ -84,10 +84,10 @@ class TritonAttention:
         rows = geometry.query_heads * (parts + max_requests)
         self._partial = torch.empty(rows * geometry.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows, dtype=torch.float32, device=device)
-        largest = min(-(-max_tokens // PAGE_TOKENS), store.hot.capacity)
+        pages = -(-max_tokens // PAGE_TOKENS)
         self._viewed: SteppedCodec | None = None
         self._views: dict[int, LayerViews] = {}
-        self._plan = DecodePlan.empty(max_requests, largest, parts, device)
+        self._plan = DecodePlan.empty(max_requests, pages, min(pages, store.hot.capacity), parts, device)
 
     def parts(self, batch: int) -> int:
         """Parts of a decode step, see `decode_plan`."""
@@ -147,9 +147,8 @@ class TritonAttention:
             self._lse[: query_heads * slots].view(query_heads, slots),
         )
         out = torch.empty_like(query, dtype=q.dtype)
-        sequences = (batch.req_to_token, batch.rows, batch.lengths)
         plan = self.decode_plan(count)
-        decode(query, views.cache, table, views.keys, views.values, sequences, plan, workspace, out, softmax_scale, rotate, lse)
+        decode(query, views.cache, table, views.keys, views.values, batch.lengths, plan, workspace, out, softmax_scale, rotate, lse)
         return out
 
     def _kept(self, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:

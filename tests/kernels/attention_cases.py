@@ -82,7 +82,7 @@ def check_plan(lengths: list[int], pages_at: list[tuple[int, int, int, int]], pa
         costs.append(records + HOT_TILE_COST.value * tiles)
     shares = lambda most: [-(-cost // most) for cost in costs]  # noqa: E731
     most = next(most for most in range(PROGRAM_TILES.value, max(costs) + 4) if sum(shares(most)) <= parts)
-    plan = DecodePlan.empty(len(lengths), 1, parts, torch.device(device))
+    plan = DecodePlan.empty(len(lengths), 1, 1, parts, torch.device(device))
     plan.counts.copy_(torch.tensor(pages_at))
     plan.requests.fill_(-7)
     assign_parts(torch.tensor(lengths, device=device), plan)
@@ -112,10 +112,11 @@ def check_decode(
     query = torch.randn(len(lengths), geometry.query_heads, geometry.head_dim, generator=draw).to(device)
     where = (table, torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device))
     longest = max(len(each) for each in pages)
-    plan = DecodePlan.empty(len(lengths), longest, parts, torch.device(device))
-    for each in (plan.pages, plan.counts, plan.starts, plan.requests):
+    plan = DecodePlan.empty(len(lengths), longest, longest, parts, torch.device(device))
+    for each in (plan.pages, plan.hot, plan.counts, plan.starts, plan.requests):
         each.fill_(-7)
     plan_decode(where, store.hot.device_levels, plan)
+    table.fill_(-(10**6))  # what a server writes there from now on is of later steps
     slots = parts + len(lengths)
     shapes = ((geometry.query_heads, slots, geometry.head_dim), (geometry.query_heads, slots))
     poison = tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
@@ -128,7 +129,7 @@ def check_decode(
         store.hot.device_block_table,
         codec.key_parameters(0),
         values,
-        where,
+        where[2],
         plan,
         poison,
         out,

@@ -31,7 +31,7 @@ POINTERS = {
     **dict.fromkeys(("scales", "hot_scales", "row_scales", "scales_ptr"), "*fp16"),
     **dict.fromkeys(("energy_weights", "energy_unit", "value_unit"), "*fp64"),
     **dict.fromkeys(("req_rows", "seq_lens", "prefix_lens", "starts_ptr", "lengths_ptr", "slots_ptr", "pages_ptr"), "*i64"),
-    **dict.fromkeys(("row_masks", "table_ptr", "hot_mask_ptr", "req_to_token", "list_ptr", "count_ptr", "bad_ptr"), "*i32"),
+    **dict.fromkeys(("row_masks", "table_ptr", "hot_mask_ptr", "req_to_token", "plan_pages", "list_ptr", "count_ptr", "bad_ptr"), "*i32"),
     **dict.fromkeys(("part_starts", "part_requests", "requests_ptr", "tiles_ptr"), "*i32"),
     **dict.fromkeys(("block_request", "block_first"), "*i32"),
     **dict.fromkeys(
@@ -65,7 +65,7 @@ CASES = {
         {"out_ptr": "*bf16"},
     ),
     "combine, folded": (decode._combine, {**COMBINE, "C": 32, "ROTATE": False, "KEEP_LSE": True, "OVERLAP": True}, {"num_warps": 4}, {}),
-    "list": (decode_plan._list_hot_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
+    "list": (decode_plan._list_pages, {"CHUNK": 1024}, {"num_warps": 4}, {}),
     "assign": (decode_plan._assign_parts, {"B": 64, "CHUNK": 64}, {"num_warps": 8}, {"starts_ptr": "*i32"}),
     "extend": (
         extend._extend,
