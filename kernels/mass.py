@@ -1,8 +1,8 @@
 """Attention mass: what the queries of a sampled forward gave to each cached token, summed over readers and GQA groups.
 
 One launch after the forward, over all layers: it reads the keys again, with the final log-sum-exp that stage 1 of decode does not
-know yet; a forward that is not sampled pays nothing. Pages without a slot are not read. Where `mass_records` can
-read the records, the kernel here reads hot rows only. Specification: `attention_mass` over the
+know yet; a forward that is not sampled pays nothing. The host says which pages are read. Where `mass_records` can read the records, the
+kernel here reads hot rows only. Specification: `attention_mass` over the
 keys that `open` and `dequantise_rows` give (oscar_radix.attention.mass).
 """
 
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from oscar_radix.kernels.mass_records import PROGRAM_PAGES, mass_records
+from oscar_radix.kernels.mass_records import mass_records
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, key_operand, load_queries
 
 TILE_PAGES = tl.constexpr(4)
@@ -54,14 +54,15 @@ def _add(target, scores, lse, limit, position, keep):
 
 @triton.jit
 def _add_hot(
-    index, row, keep, pages, levels_ptr, table_ptr, first_block, first_slot, slots_ptr, head, hot_k, hot_scales, row_numbers, mass_ptr,
+    entry, row, keep, entries, count, levels_ptr, table_ptr, first_block, first_slot, head, hot_k, hot_scales, row_numbers, mass_ptr,
     h0, h1, h2, h3, unit_h, lse, limit, Hkv: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Hot rows `row` [n] of pages number `index` [n] of the sequence."""
-    page = tl.load(pages + index, mask=keep, other=0).to(tl.int64)
-    slot = tl.load(slots_ptr + page, mask=keep, other=-1).to(tl.int64)
+    """Hot rows `row` [n] of the pages that are entries `entry` [n]."""
+    page = tl.load(entries + entry, mask=keep, other=0).to(tl.int64)
+    slot = tl.load(entries + count + entry, mask=keep, other=0).to(tl.int64)
+    index = tl.load(entries + 2 * count + entry, mask=keep, other=0)
     level = tl.load(levels_ptr + page, mask=keep, other=0).to(tl.int32)
-    keep = keep & (row < level) & (slot >= 0) & (page > 0)
+    keep = keep & (row < level)
     block = tl.load(table_ptr + page * PAGE_BLOCKS + row // BLOCK_ROWS, mask=keep, other=0)
     at = ((first_block + block) * Hkv + head) * BLOCK_ROWS + row % BLOCK_ROWS
     token = tl.where(level == PAGE, row, tl.load(row_numbers + at, mask=keep, other=0).to(tl.int32))
@@ -70,17 +71,19 @@ def _add_hot(
     _add(mass_ptr + ((first_slot + slot) * Hkv + head) * PAGE + token, scores, lse, limit, position, keep)
 
 
-@triton.jit(do_not_specialize=["page_stride", "record_pages", "hot_blocks", "slots", "nearest"])
+@triton.jit(do_not_specialize=["record_pages", "hot_blocks", "slots", "count", "nearest"])
 def _add_mass(
     query_ptr, lse_ptr, k_codes, scales, hot_k, hot_scales, row_masks, row_numbers, table_ptr, levels_ptr,
-    key_step, key_zero, key_masks, pages_ptr, lengths_ptr, mass_ptr, visits_ptr, slots_ptr,
-    query_stride, lse_stride, page_stride, record_pages, hot_blocks, slots, nearest, softmax_scale,
+    key_step, key_zero, key_masks, lengths_ptr, entries, chunks, mass_ptr, visits_ptr,
+    query_stride, lse_stride, record_pages, hot_blocks, slots, count, nearest, softmax_scale,
     Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RECORDS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % Hkv
-    first = tl.program_id(0) // Hkv * (PROGRAM_PAGES * PAGE)
-    request = tl.program_id(1)
+    head = tl.program_id(0)
+    chunk = chunks + tl.program_id(1)
     layer = tl.program_id(2).to(tl.int64)
+    request = tl.load(chunk)
+    first = tl.load(chunk + tl.num_programs(1))
+    last = tl.load(chunk + 2 * tl.num_programs(1))
     # Row r is query r // GROUP of the request's last T, head r % GROUP of the group (GROUP is G, rounded up to a power of two).
     query = tl.arange(0, M) // GROUP
     member = tl.arange(0, M) % GROUP
@@ -90,55 +93,51 @@ def _add_mass(
     row_ok = row_ok & (tl.abs(lse) < float("inf"))
     lse = tl.where(row_ok, lse * LOG2_E, 0.0)
     limit = tl.where(row_ok, tl.load(lengths_ptr + request).to(tl.int32) - T + 1 + query - nearest, 0)
-    last = tl.minimum(tl.max(limit, 0), first + PROGRAM_PAGES * PAGE)
-    if first < last:
-        parameters = layer * (Hkv * D)
-        key_step += parameters
-        key_zero += parameters
-        queries = query_ptr + layer * query_stride
-        pages = pages_ptr + request.to(tl.int64) * page_stride
-        if RECORDS:
-            b0, b1, b2, b3, _, _, _, _, unit_b, _, offset = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
-            masks = key_masks + parameters + head * D
-            token = tl.arange(0, TILE_PAGES * PAGE)
-            for tile in range(first, last, TILE_PAGES * PAGE):
-                position = tile + token
-                page = tl.load(pages + position // PAGE, mask=position < last, other=0).to(tl.int64)
-                slot = tl.load(slots_ptr + page).to(tl.int64)
-                counted = (position < last) & (page > 0) & (slot >= 0)
-                hot = ((tl.load(row_masks + (layer * record_pages + page) * Hkv + head) >> (token % PAGE)) & 1) != 0
-                cold = counted & ~hot
-                if tl.sum(cold.to(tl.int32), 0) > 0:
-                    record = ((layer * record_pages + page) * Hkv + head) * PAGE + token % PAGE
-                    scores = _record_scores(k_codes, scales, record, cold, masks, b0, b1, b2, b3, unit_b, offset, D)
-                    _add(mass_ptr + ((layer * slots + slot) * Hkv + head) * PAGE + token % PAGE, scores, lse, limit, position, cold)
-                if (layer == 0) & (head == 0):
-                    seen = row_ok[:, None] & (member == 0)[:, None] & (position[None, :] < limit[:, None])
-                    tl.atomic_add(visits_ptr + slot * PAGE + token % PAGE, tl.sum(seen.to(tl.float32), 0), mask=counted, sem="relaxed")
-        # A second pass, so that only one kind of operands takes registers.
-        end = (last + PAGE - 1) // PAGE
-        every = first // PAGE + tl.arange(0, PROGRAM_PAGES)
-        numbers = tl.load(pages + every, mask=every < end, other=0)
-        if tl.max(tl.load(levels_ptr + numbers, mask=every < end, other=0).to(tl.int32), 0) > 0:
-            _, _, _, _, h0, h1, h2, h3, _, unit_h, _ = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
-            small = tl.arange(0, TILE_PAGES * SMALL_LEVEL)
-            row = tl.arange(0, PAGE)
-            for tile in range(first // PAGE, end, TILE_PAGES):
-                index = tile + small // SMALL_LEVEL
-                level = tl.load(levels_ptr + tl.load(pages + index, mask=index < end, other=0), mask=index < end, other=0).to(tl.int32)
-                few = level <= SMALL_LEVEL
-                if tl.sum((few & (level > 0)).to(tl.int32), 0) > 0:
+    end = tl.max(limit, 0)
+    parameters = layer * (Hkv * D)
+    key_step += parameters
+    key_zero += parameters
+    queries = query_ptr + layer * query_stride
+    if RECORDS:
+        b0, b1, b2, b3, _, _, _, _, unit_b, _, offset = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
+        masks = key_masks + parameters + head * D
+        place = tl.arange(0, TILE_PAGES * PAGE)
+        token = place % PAGE
+        for tile in range(first, last, TILE_PAGES):
+            entry = tile + place // PAGE
+            page = tl.load(entries + entry, mask=entry < last, other=0).to(tl.int64)
+            slot = tl.load(entries + count + entry, mask=entry < last, other=0).to(tl.int64)
+            position = tl.load(entries + 2 * count + entry, mask=entry < last, other=0) * PAGE + token
+            counted = (entry < last) & (position < end)
+            hot = ((tl.load(row_masks + (layer * record_pages + page) * Hkv + head) >> token) & 1) != 0
+            cold = counted & ~hot
+            if tl.sum(cold.to(tl.int32), 0) > 0:
+                record = ((layer * record_pages + page) * Hkv + head) * PAGE + token
+                scores = _record_scores(k_codes, scales, record, cold, masks, b0, b1, b2, b3, unit_b, offset, D)
+                _add(mass_ptr + ((layer * slots + slot) * Hkv + head) * PAGE + token, scores, lse, limit, position, cold)
+            if (layer == 0) & (head == 0):
+                seen = row_ok[:, None] & (member == 0)[:, None] & (position[None, :] < limit[:, None])
+                tl.atomic_add(visits_ptr + slot * PAGE + token, tl.sum(seen.to(tl.float32), 0), mask=counted, sem="relaxed")
+    # A second pass, so that only one kind of operands takes registers.
+    _, _, _, _, h0, h1, h2, h3, _, unit_h, _ = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
+    small = tl.arange(0, TILE_PAGES * SMALL_LEVEL)
+    row = tl.arange(0, PAGE)
+    for tile in range(first, last, TILE_PAGES):
+        entry = tile + small // SMALL_LEVEL
+        level = tl.load(levels_ptr + tl.load(entries + entry, mask=entry < last, other=0), mask=entry < last, other=0).to(tl.int32)
+        few = level <= SMALL_LEVEL
+        if tl.sum((few & (level > 0)).to(tl.int32), 0) > 0:
+            _add_hot(
+                entry, small % SMALL_LEVEL, few & (entry < last), entries, count, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
+                head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
+            )  # fmt: skip
+        if tl.sum((~few).to(tl.int32), 0) > 0:
+            for one in range(tile, tl.minimum(tile + TILE_PAGES, last)):
+                if tl.load(levels_ptr + tl.load(entries + one)).to(tl.int32) > SMALL_LEVEL:
                     _add_hot(
-                        index, small % SMALL_LEVEL, few & (index < end), pages, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
-                        slots_ptr, head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
+                        one + row * 0, row, row < PAGE, entries, count, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
+                        head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
                     )  # fmt: skip
-                if tl.sum((~few).to(tl.int32), 0) > 0:
-                    for one in range(tile, tl.minimum(tile + TILE_PAGES, end)):
-                        if tl.load(levels_ptr + tl.load(pages + one)).to(tl.int32) > SMALL_LEVEL:
-                            _add_hot(
-                                one + row * 0, row, row < PAGE, pages, levels_ptr, table_ptr, layer * hot_blocks, layer * slots,
-                                slots_ptr, head, hot_k, hot_scales, row_numbers, mass_ptr, h0, h1, h2, h3, unit_h, lse, limit, Hkv, D,
-                            )  # fmt: skip
 
 
 def launch_options(height: int) -> dict[str, int]:
@@ -152,8 +151,8 @@ def add_mass(
     cache: tuple[torch.Tensor, ...],
     tables: tuple[torch.Tensor, torch.Tensor],
     key_parameters: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    sequences: tuple[torch.Tensor, torch.Tensor],
-    mass: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    watched: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mass: tuple[torch.Tensor, torch.Tensor],
     softmax_scale: float,
     nearest: int = 0,
 ) -> None:
@@ -166,30 +165,30 @@ def add_mass(
             [L, N, Hkv, 2, 2], row masks int32 [L, P, Hkv], row numbers uint8 [L, N, Hkv, 2]; contiguous.
         tables: block table int32 [P, 16], levels uint8 [P].
         key_parameters: key_step, key_zero float32 [L, Hkv, D]; key_masks uint8 [L, Hkv, 4, D/4]; contiguous.
-        sequences: page numbers int32 [B, C], rows any stride apart, and tokens int [B]: page c of a sequence holds tokens 32c .. 32c + 31.
-        mass: values float32 [L, S, Hkv, 32] and visits float32 [S, 32] (queries that could see the token), both added to; slots
-            int32 [P], the row S of a page or -1. Page 0 is skipped whatever its slot.
+        watched: tokens int64 [B] of each sequence; entries int32 [3, N] and chunks int32 [3, C] of
+            `oscar_radix.attention.watched.WatchedPages`: which pages are read, and the slots that take their mass.
+        mass: values float32 [L, S, Hkv, 32] and visits float32 [S, 32] (queries that could see the token), both added to.
         softmax_scale: multiplies the scores.
         nearest: the token of a query itself and the `nearest - 1` before it get nothing from it; 0 counts all.
     """
-    layers, batch, queries, query_heads, dim = query.shape
+    layers, _, queries, query_heads, dim = query.shape
     kv_heads = key_parameters[0].shape[1]
     group = query_heads // kv_heads
     if not (query[0].is_contiguous() and lse[0].is_contiguous()):
         raise ValueError(f"queries and lse of a layer must be contiguous; their strides are {query.stride()} and {lse.stride()}")
-    pages, lengths = sequences
+    entries, chunks = watched[1:]
     rounded = triton.next_power_of_2(group)
     height = max(16, rounded * triton.next_power_of_2(queries))
-    grid = (kv_heads * triton.cdiv(pages.shape[1], PROGRAM_PAGES.value), batch, layers)
+    grid = (kv_heads, chunks.shape[1], layers)
     fast = queries == 1 and dim == 128 and group <= 8
     if fast:
         k_codes, scales, _, _, row_masks, _ = cache
         mass_records[grid](
-            query, lse, k_codes, scales.view(torch.uint8), row_masks, *key_parameters, pages, lengths, *mass, query.stride(0),
-            lse.stride(0), pages.stride(0), k_codes.shape[1], mass[0].shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, num_warps=1,
+            query, lse, k_codes, scales.view(torch.uint8), row_masks, *key_parameters, *watched, *mass, query.stride(0),
+            lse.stride(0), k_codes.shape[1], mass[0].shape[1], entries.shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, num_warps=1,
         )  # fmt: skip
     _add_mass[grid](
-        query, lse, *cache, *tables, *key_parameters, pages, lengths, *mass, query.stride(0), lse.stride(0), pages.stride(0),
-        cache[0].shape[1], cache[2].shape[1], mass[0].shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, GROUP=rounded, T=queries,
-        D=dim, M=height, RECORDS=not fast, **launch_options(height),
+        query, lse, *cache, *tables, *key_parameters, *watched, *mass, query.stride(0), lse.stride(0), cache[0].shape[1], cache[2].shape[1],
+        mass[0].shape[1], entries.shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, GROUP=rounded, T=queries, D=dim, M=height,
+        RECORDS=not fast, **launch_options(height),
     )  # fmt: skip

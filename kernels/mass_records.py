@@ -10,7 +10,6 @@ import triton.language as tl
 from oscar_radix.kernels.decode_records import _query_operands, _scores, _tail
 from oscar_radix.kernels.warp import exp2, load2, shuffle, unpack_half2
 
-PROGRAM_PAGES = tl.constexpr(64)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -22,59 +21,56 @@ def _head_sum(x, lane):
     return x + shuffle(x, lane ^ 16)
 
 
-@triton.jit(do_not_specialize=["page_stride", "record_pages", "slots", "nearest"])
+@triton.jit(do_not_specialize=["record_pages", "slots", "count", "nearest"])
 def mass_records(
-    query_ptr, lse_ptr, k_ptr, s_ptr, hot_mask_ptr, key_step, key_zero, key_masks, pages_ptr, lengths_ptr, mass_ptr, visits_ptr, slots_ptr,
-    query_stride, lse_stride, page_stride, record_pages, slots, nearest, softmax_scale, Hkv: tl.constexpr, G: tl.constexpr,
+    query_ptr, lse_ptr, k_ptr, s_ptr, hot_mask_ptr, key_step, key_zero, key_masks, lengths_ptr, entries, chunks, mass_ptr, visits_ptr,
+    query_stride, lse_stride, record_pages, slots, count, nearest, softmax_scale, Hkv: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % Hkv
-    first = tl.program_id(0) // Hkv * PROGRAM_PAGES
-    request = tl.program_id(1)
+    head = tl.program_id(0)
+    chunk = chunks + tl.program_id(1)
     layer = tl.program_id(2).to(tl.int64)
+    request = tl.load(chunk)
+    first = tl.load(chunk + tl.num_programs(1))
+    last = tl.load(chunk + 2 * tl.num_programs(1))
     lane = tl.arange(0, 32)
     g = lane // 4
     t = lane % 4
     limit = tl.load(lengths_ptr + request).to(tl.int32) - nearest
-    last = tl.minimum((limit + 31) // 32, first + PROGRAM_PAGES)
-    if first < last:
-        row = (request * Hkv + head) * G + tl.minimum(g, G - 1)
-        lse = tl.load(lse_ptr + layer * lse_stride + row)
-        counted = (g < G) & (tl.abs(lse) < float("inf"))
-        base = tl.where(counted, -lse * LOG2_E, 0.0)
-        parameters = (layer * Hkv + head) * 128
-        query, offset, unit = _query_operands(query_ptr + layer * query_stride, key_step + parameters, key_zero + parameters, row, t)
-        exponent = unit * softmax_scale * LOG2_E
-        masks_at = (key_masks + parameters + 8 * t).to(tl.pointer_type(tl.int32))
-        even0 = tl.load(masks_at)
-        even1 = tl.load(masks_at + 1)
-        odd0 = tl.load(masks_at + 8)
-        odd1 = tl.load(masks_at + 9)
-        # The lane's token: of columns 2t and 2t + 1 of the eight tokens n, n = g % 4.
-        token = 8 * (g % 4) + 2 * t + g // 4
-        pages = pages_ptr + request.to(tl.int64) * page_stride
-        first_query = tl.load(lse_ptr + request * (Hkv * G))
-        for index in range(first, last):
-            page = tl.load(pages + index).to(tl.int64)
-            slot = tl.load(slots_ptr + page).to(tl.int64)
-            if (slot >= 0) & (page > 0):
-                record = (layer * record_pages + page) * Hkv + head
-                skipped = tl.load(hot_mask_ptr + record) | _tail(tl.maximum((index + 1) * 32 - limit, 0))
-                if skipped != -1:
-                    sums = tl.zeros([32], tl.float32)
-                    for n in tl.static_range(4):
-                        k0, k1 = load2(k_ptr + record * 1024 + (8 * n + g) * 32 + 8 * t)
-                        scale0, scale1 = load2(s_ptr + record * 128 + (8 * n + 2 * t) * 4)
-                        d0, d1 = _scores(k0, k1, query, even0, even1, odd0, odd1)
-                        ks0, _ = unpack_half2(scale0)
-                        ks1, _ = unpack_half2(scale1)
-                        p0 = tl.minimum(exp2((d0 - offset) * ks0 * exponent + base), 1.0)
-                        p1 = tl.minimum(exp2((d1 - offset) * ks1 * exponent + base), 1.0)
-                        even = _head_sum(tl.where(counted, p0, 0.0), lane)
-                        odd = _head_sum(tl.where(counted, p1, 0.0), lane)
-                        sums = tl.where(g % 4 == n, tl.where(g < 4, even, odd), sums)
-                    keep = ((skipped >> token) & 1) == 0
-                    target = mass_ptr + ((layer * slots + slot) * Hkv + head) * 32 + token
-                    tl.atomic_add(target, sums, mask=keep, sem="relaxed")
-                if (layer == 0) & (head == 0) & (tl.abs(first_query) < float("inf")):
-                    seen = index * 32 + lane < limit
-                    tl.atomic_add(visits_ptr + slot * 32 + lane, tl.full([32], 1.0, tl.float32), mask=seen, sem="relaxed")
+    row = (request * Hkv + head) * G + tl.minimum(g, G - 1)
+    lse = tl.load(lse_ptr + layer * lse_stride + row)
+    counted = (g < G) & (tl.abs(lse) < float("inf"))
+    base = tl.where(counted, -lse * LOG2_E, 0.0)
+    parameters = (layer * Hkv + head) * 128
+    query, offset, unit = _query_operands(query_ptr + layer * query_stride, key_step + parameters, key_zero + parameters, row, t)
+    exponent = unit * softmax_scale * LOG2_E
+    masks_at = (key_masks + parameters + 8 * t).to(tl.pointer_type(tl.int32))
+    even0 = tl.load(masks_at)
+    even1 = tl.load(masks_at + 1)
+    odd0 = tl.load(masks_at + 8)
+    odd1 = tl.load(masks_at + 9)
+    # The lane's token: of columns 2t and 2t + 1 of the eight tokens n, n = g % 4.
+    token = 8 * (g % 4) + 2 * t + g // 4
+    first_query = tl.load(lse_ptr + request * (Hkv * G))
+    for entry in range(first, last):
+        page = tl.load(entries + entry).to(tl.int64)
+        slot = tl.load(entries + count + entry).to(tl.int64)
+        begin = tl.load(entries + 2 * count + entry) * 32
+        record = (layer * record_pages + page) * Hkv + head
+        skipped = tl.load(hot_mask_ptr + record) | _tail(tl.maximum(begin + 32 - limit, 0))
+        if (begin < limit) & (skipped != -1):
+            sums = tl.zeros([32], tl.float32)
+            for n in tl.static_range(4):
+                k0, k1 = load2(k_ptr + record * 1024 + (8 * n + g) * 32 + 8 * t)
+                scale0, scale1 = load2(s_ptr + record * 128 + (8 * n + 2 * t) * 4)
+                d0, d1 = _scores(k0, k1, query, even0, even1, odd0, odd1)
+                ks0, _ = unpack_half2(scale0)
+                ks1, _ = unpack_half2(scale1)
+                p0 = tl.minimum(exp2((d0 - offset) * ks0 * exponent + base), 1.0)
+                p1 = tl.minimum(exp2((d1 - offset) * ks1 * exponent + base), 1.0)
+                even = _head_sum(tl.where(counted, p0, 0.0), lane)
+                odd = _head_sum(tl.where(counted, p1, 0.0), lane)
+                sums = tl.where(g % 4 == n, tl.where(g < 4, even, odd), sums)
+            keep = ((skipped >> token) & 1) == 0
+            tl.atomic_add(mass_ptr + ((layer * slots + slot) * Hkv + head) * 32 + token, sums, mask=keep, sem="relaxed")
+        if (layer == 0) & (head == 0) & (tl.abs(first_query) < float("inf")):
+            tl.atomic_add(visits_ptr + slot * 32 + lane, tl.full([32], 1.0, tl.float32), mask=begin + lane < limit, sem="relaxed")

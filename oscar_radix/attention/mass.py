@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from oscar_radix.attention.watched import watched_pages
 from oscar_radix.codec.int8_rows import dequantise_rows
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.kernels.attention_mass import attention_mass
@@ -63,29 +64,28 @@ class MassSample:
         """What `keep_rows` takes, of a prefill batch of `lengths` new tokens: int64 [requests or fewer, queries], on the host."""
         return last_rows(lengths[: self.query.shape[1]], self.query.shape[2])
 
-    def add(self, pages: torch.Tensor, lengths: torch.Tensor, scale: float, nearest: int = 0) -> None:
-        """Add the mass of the forward's first B sequences to the pages that hold a slot.
+    def add(self, pages: np.ndarray, lengths: np.ndarray, scale: float, nearest: int = 0) -> None:
+        """Add the mass of the forward's first B sequences to the pages that hold a slot now.
 
         Args:
-            pages: int32 [B, C], page numbers in order, 0 beyond the sequence's end; B at most `requests`, more are not sampled.
-            lengths: int [B], tokens after the forward.
+            pages: int32 [B, C], page numbers in order, anything beyond the sequence's end; B at most `requests`, more are not sampled.
+            lengths: int64 [B], tokens after the forward.
             scale: what multiplied the scores.
             nearest: a query gives nothing to its own token and the `nearest - 1` before it.
         """
-        self.table.sync()
         batch = min(len(lengths), self.query.shape[1])
-        run = self.add_reference if self.store.device.type == "cpu" else self._launch
+        run = self.add_reference if self.store.device.type == "cpu" else self.add_by_kernel
         run(pages[:batch], lengths[:batch], scale, nearest)
 
-    def add_reference(self, pages: torch.Tensor, lengths: torch.Tensor, scale: float, nearest: int = 0) -> None:
+    def add_reference(self, pages: np.ndarray, lengths: np.ndarray, scale: float, nearest: int = 0) -> None:
         """`add` in plain torch on any device: the specification of the kernel. Synchronises with the host."""
         for request, length in enumerate(lengths.tolist()):
             self._add_one(request, pages[request], length, scale, nearest)
 
-    def _add_one(self, request: int, pages: torch.Tensor, length: int, scale: float, nearest: int) -> None:
+    def _add_one(self, request: int, pages: np.ndarray, length: int, scale: float, nearest: int) -> None:
         """One sequence, layer by layer, only pages that hold a slot."""
         table, queries = self.table, self.query.shape[2]
-        listed = pages[: -(-length // PAGE_TOKENS)].long().cpu().numpy()
+        listed = pages[: -(-length // PAGE_TOKENS)]
         index = np.flatnonzero((table.slots[listed] >= 0) & (listed > 0))
         if not len(index):
             return
@@ -102,10 +102,14 @@ class MassSample:
         counted = self.lse[0, request, :, 0].isfinite()[:, None] & (torch.arange(len(position), device=device) < seen[:, None])
         table.visits[slots] += counted.sum(dim=0).view(-1, PAGE_TOKENS)
 
-    def _launch(self, pages: torch.Tensor, lengths: torch.Tensor, scale: float, nearest: int) -> None:
+    def add_by_kernel(self, pages: np.ndarray, lengths: np.ndarray, scale: float, nearest: int = 0) -> None:
+        """`add` on a GPU."""
         from oscar_radix.kernels.mass import add_mass  # Triton is needed on GPUs only
 
         store, table, hot, codec, batch = self.store, self.table, self.store.hot, self.store.codec, len(lengths)
+        watched = watched_pages(table.slots, pages, lengths)
+        if not watched.chunks.size:
+            return
         cache = (store.base.k_codes, store.base.scales, hot.k_rows, hot.scales, hot.row_masks, hot.row_numbers)
         add_mass(
             self.query[:, :batch],
@@ -113,8 +117,8 @@ class MassSample:
             cache,
             (hot.device_block_table, hot.device_levels),
             (codec.key_step, codec.key_zero, codec.key_masks),
-            (pages, lengths),
-            (table.values, table.visits, table.device_slots),
+            tuple(upload_all([lengths, watched.entries, watched.chunks], store.device)),
+            (table.values, table.visits),
             scale,
             nearest,
         )
@@ -144,10 +148,9 @@ def page_keys(store: KVStore, layer: int, pages: np.ndarray) -> torch.Tensor:
     return key
 
 
-def page_table(sequences: list[Sequence], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def page_table(sequences: list[Sequence]) -> tuple[np.ndarray, np.ndarray]:
     """What `MassSample.add` takes, of a forward's sequences: pages int32 [B, C] and tokens after the forward int64 [B]."""
     pages = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), dtype=np.int32)
     for row, sequence in zip(pages, sequences, strict=True):
         row[: len(sequence.pages)] = sequence.pages
-    lengths = np.array([sequence.seq_len for sequence in sequences], dtype=np.int64)
-    return tuple(upload_all([pages, lengths], device))
+    return pages, np.array([sequence.seq_len for sequence in sequences], dtype=np.int64)

@@ -1,6 +1,6 @@
 """Which forwards are sampled for attention mass, and by how many queries."""
 
-import torch
+import numpy as np
 
 from oscar_radix.attention.mass import MassSample, page_table
 from oscar_radix.geometry import PAGE_TOKENS
@@ -11,7 +11,10 @@ DECODE_INTERVAL = 32
 """Forwards from one sampled decode step to the next; counted over all forwards, so that every rank samples the same ones."""
 
 PREFILL_QUERIES = 32
-"""Last new queries of each sequence of a prefill, which are always sampled; fewer where they do not fit into the store's room for them."""
+"""Last new queries of each sequence of a prefill, which are always sampled; fewer in a batch of several, see BATCH_QUERIES."""
+
+BATCH_QUERIES = 64
+"""Queries of a prefill batch, over all its sequences, beyond one of each: what they cost is to stay small beside the prefill."""
 
 NEAREST = PAGE_TOKENS
 """Tokens right before a query that get nothing from it: every reader has them in its window, whatever becomes of their page."""
@@ -21,10 +24,10 @@ class MassSampling:
     """Adds the mass of a forward to the store's table, from `begin` when the forward is planned to `end` after its last layer.
 
     Between them the attention backend fills the sample that `begin` returns, layer by layer. `end` may come as late as before the next
-    forward is planned: what is freed until then counts no more.
+    forward is planned: pages that are freed until then get nothing.
 
     Args:
-        store: has a mass table; the device's tables of pages and levels do not change between `begin` and `end`.
+        store: has a mass table; the device's tables of levels and hot blocks do not change between `begin` and `end`.
 
     Attributes:
         scale: what multiplies the scores; set by whoever runs the layers.
@@ -36,7 +39,7 @@ class MassSampling:
         self.store = store
         self.scale = 1.0
         self._sample: MassSample | None = None
-        self._where: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._where: tuple[np.ndarray, np.ndarray] | None = None
 
     def every_decode_step(self) -> MassSample | None:
         """What decode steps of at most so many requests fill whether sampled or not, since CUDA graphs replay; None without room for it."""
@@ -63,8 +66,9 @@ class MassSampling:
         if sequences and padded <= room:
             count = min(len(sequences), room)
             longest = max(sequence.seq_len - sequence.prefix_len for sequence in sequences)
-            self._sample = MassSample(self.store, self.store.mass.table, count, min(PREFILL_QUERIES, longest, room // count), storage)
-            self._where = page_table(sequences[:count], self.store.device)
+            queries = min(PREFILL_QUERIES, longest, max(1, min(room, BATCH_QUERIES) // count))
+            self._sample = MassSample(self.store, self.store.mass.table, count, queries, storage)
+            self._where = page_table(sequences[:count])
         return self._sample
 
     def end(self) -> None:

@@ -40,13 +40,13 @@ class PageHeat:
         self.covered_share = float("nan")
         """Share of the tracked pages' mass that lay on hot rows; NaN until the first sums have arrived."""
         self.decay = 1.0
-        """What is left of a page's known mass at each `receive` while it holds no slot."""
+        """What is left of mass at each `send`, and of the known mass of a page without a slot at each `receive`."""
         self._copy = torch.zeros(mass.capacity + 1, pin_memory=mass.device.type == "cuda")
         self._sent: _Sent | None = None
 
     def send(self, row_masks: torch.Tensor) -> None:
-        """Sum every slot's mass, and that of hot rows (`MassTable.covered_mass`), and start the copy to the host."""
-        sums = torch.cat([self.mass.slot_mass(), self.mass.covered_mass(row_masks)])
+        """Sum every slot's mass, and that of hot rows, let all mass decay, and start the copy of the sums to the host."""
+        sums = self.mass.sum_and_decay(row_masks, self.decay)
         if self.reduce is not None:
             sums = self.reduce(sums)
         self._copy.copy_(sums, non_blocking=True)

@@ -13,7 +13,7 @@ class MassTable:
     Mass matters for pages whose rows may still be chosen, so the number of slots is a choice; a slot takes 4 bytes a token, layer and
     KV head, 5.9 % of a record at head dim 128. float32, since GPUs add single 16-bit values by compare-and-swap loops only.
     A token's mass is the sum, over sampled queries and the heads of a GQA group, of its attention probability; its visits
-    are the queries that could see it. Changes to the device's tables are ordered with the kernels of the current stream.
+    are the queries that could see it. The host alone knows which slot is whose.
 
     Args:
         geometry: attention shape of this rank.
@@ -33,9 +33,7 @@ class MassTable:
         self.given = np.zeros(slots, dtype=np.int64)
         """For each slot, how many had been given when it was given last: tells two holders of a slot apart."""
         self.total_given = 0
-        self.device_slots = torch.from_numpy(self.slots).to(device)
         self._free = list(range(slots - 1, -1, -1))
-        self._changed: set[int] = set()
 
     # Ownership -------------------------------------------------------------------------------------------------------
 
@@ -64,7 +62,6 @@ class MassTable:
             index = upload(np.array(taken), self.device)
             self.values.index_fill_(1, index, 0.0)
             self.visits.index_fill_(0, index, 0.0)
-            self._changed.update(new.tolist())
         return self.slots[pages] >= 0
 
     def drop(self, pages: np.ndarray) -> None:
@@ -72,30 +69,31 @@ class MassTable:
         held = pages[self.slots[pages] >= 0]
         self._free.extend(self.slots[held].tolist())
         self.slots[held] = -1
-        self._changed.update(held.tolist())
 
     def move(self, source: int, target: int) -> None:
         """Page `target` takes the slot of page `source` and gives back its own: both hold the same tokens."""
         self.drop(np.array([target]))
         self.slots[target], self.slots[source] = self.slots[source], -1
-        self._changed.update((source, target))
 
     def clear(self) -> None:
         """All slots to the free list."""
         self.slots.fill(-1)
-        self.device_slots.fill_(-1)
         self._free = list(range(self.capacity - 1, -1, -1))
-        self._changed.clear()
-
-    def sync(self) -> None:
-        """Bring the device's slots up to date; before a sampled forward's mass is added."""
-        if self._changed and self.device.type != "cpu":
-            pages = np.fromiter(self._changed, dtype=np.int64)
-            index, slots = upload_all([pages, self.slots[pages]], self.device)
-            self.device_slots[index] = slots
-        self._changed.clear()
 
     # Mass ------------------------------------------------------------------------------------------------------------
+
+    def sum_and_decay(self, row_masks: torch.Tensor, factor: float) -> torch.Tensor:
+        """`slot_mass` and `covered_mass`, float32 [slots + 1] on the device; then `decay`. On a GPU in one pass over the table."""
+        if self.device.type == "cpu":
+            sums = torch.cat([self.slot_mass(), self.covered_mass(row_masks)])
+            self.decay(factor)
+            return sums
+        from oscar_radix.kernels.mass_sums import sum_and_decay  # Triton is needed on GPUs only
+
+        sums = torch.zeros(self.capacity + 1, device=self.device)
+        sum_and_decay(self.values, row_masks, *self._tracked(), sums, factor)
+        self.visits *= factor
+        return sums
 
     def decay(self, factor: float) -> None:
         """Multiply all mass and all visits by `factor`: old readers count less, and the mass per visit stays."""
@@ -126,14 +124,18 @@ class MassTable:
         Returns:
             float32 [1] on the device.
         """
-        pages = np.flatnonzero(self.slots >= 0)
-        index, slots = upload_all([pages, self.slots[pages].astype(np.int64)], self.device)
+        index, slots = self._tracked()
         bits = torch.arange(PAGE_TOKENS, dtype=torch.int32, device=self.device)
         covered = torch.zeros(1, device=self.device)
         for layer in range(len(self.values)):  # a layer at a time: the whole is as large as the table
             hot = (row_masks[layer, index][..., None] >> bits) & 1
             covered += (self.values[layer, slots] * hot).sum()
         return covered
+
+    def _tracked(self) -> list[torch.Tensor]:
+        """All pages that hold a slot, and their slots: int64 [N] each, on the device."""
+        pages = np.flatnonzero(self.slots >= 0)
+        return upload_all([pages, self.slots[pages].astype(np.int64)], self.device)
 
     def _held(self, pages: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         slots = upload(self.slots[pages].astype(np.int64), self.device)
@@ -153,8 +155,8 @@ class MassTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of mass, visits and the tables of slots."""
-        return self.values.nbytes + self.visits.nbytes + self.given.nbytes + self.device_slots.nbytes
+        """Bytes of mass, visits and the table of slots."""
+        return self.values.nbytes + self.visits.nbytes + self.given.nbytes + self.slots.nbytes
 
     def check_integrity(self) -> None:
         """Every slot is free or one page's.

@@ -51,7 +51,6 @@ class MassLevels:
         """Once a forward, before its changes: at fixed counts, sum up what was read and decide by it."""
         if now % self.interval == 0:
             self.heat.send(self.hot.row_masks)
-            self.mass.decay(self.heat.decay)
         elif now % self.interval == LAG and self.heat.receive():
             self.make_room(self.slack, last_rows=True, kept=self.kept)
 

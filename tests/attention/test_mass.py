@@ -31,7 +31,7 @@ def sample_forward(batch: Batch, table: MassTable, grows: list[int], decode: boo
     batch.forward(grows, decode)
     taking_part = [i for i, grow in enumerate(grows) if grow]
     sequences = [Sequence(batch.pages[i][: page_count(batch.done[i])], before[i], batch.done[i], decode) for i in taking_part]
-    batch.attention.sample.add(*page_table(sequences, torch.device("cpu")), batch.scale, nearest)
+    batch.attention.sample.add(*page_table(sequences), batch.scale, nearest)
     batch.attention.sample = None
     return taking_part
 
@@ -176,7 +176,7 @@ def test_sequences_beyond_the_sample_are_left_out():
     batch.attention.sample = MassSample(batch.store, table, requests=1)
     batch.forward([1, 1], decode=True)
     sequences = [Sequence(batch.pages[i][:3], 64, 65, True) for i in range(2)]
-    batch.attention.sample.add(*page_table(sequences, torch.device("cpu")), batch.scale)
+    batch.attention.sample.add(*page_table(sequences), batch.scale)
     assert table.visits.sum() == 65
     assert not table.values[:, table.slots[batch.pages[1]]].any()
 

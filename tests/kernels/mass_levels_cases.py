@@ -63,7 +63,8 @@ def random_store(geometry: Geometry, pages: int, seed: int, device: str = "cpu",
 
 
 def sample_of(store: KVStore, table: MassTable, lengths: list[int], queries: int, seed: int, shared_pages: int):
-    """A MassSample with random queries and their exact log-sum-exp over the cache; pages and lengths. Sequences share their first pages."""
+    """A MassSample with random queries and their exact log-sum-exp over the cache; pages and lengths as `add` takes them. Sequences share
+    their first pages."""
     draw = torch.Generator().manual_seed(seed)
     device, geometry = store.device, store.geometry
     sample = MassSample(store, table, len(lengths) + 1, queries)
@@ -85,7 +86,7 @@ def sample_of(store: KVStore, table: MassTable, lengths: list[int], queries: int
             scores.masked_fill_((torch.arange(length, device=device) > position[:, None])[:, None], float("-inf"))
             sample.lse[layer, request] = scores.logsumexp(-1)
         sample.lse[:, request, position < 0] = float("inf")
-    return sample, torch.from_numpy(pages).to(device), torch.tensor(lengths, device=device)
+    return sample, pages, np.array(lengths)
 
 
 def compare_mass(geometry: Geometry, lengths: list[int], queries: int, nearest: int, seed: int, device: str, shared_pages: int = 1) -> None:
@@ -104,22 +105,31 @@ def compare_mass(geometry: Geometry, lengths: list[int], queries: int, nearest: 
     sample.query[:, -2, -1, 1] = sample.lse[:, -2, -1, 1] = float("nan")
     sample.add_reference(*sequences, SCALE, nearest)
     sample.table = tables[1]
-    sample.table.sync()
-    sample._launch(*sequences, SCALE, nearest)
+    sample.add_by_kernel(*sequences, SCALE, nearest)
     ours, theirs = tables[1].values - 0.5, tables[0].values - 0.5
     assert theirs.max() > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
     torch.testing.assert_close(tables[1].visits, tables[0].visits, rtol=0, atol=0)
     free = torch.tensor(tables[1]._free, device=device)
     assert (tables[1].values[:, free] == 0.5).all(), "slots of no page"
-    # A slot for page 0, as padded rows of a page table name it, stays as it is.
-    tables[1].device_slots[0] = tables[1]._free[-1]
-    store.hot.device_levels[0] = PAGE_TOKENS
-    store.hot.device_block_table[0] = 0
-    sequences[0][:] = 0
-    before = tables[1].values.clone()
-    sample._launch(*sequences, SCALE, nearest)
-    assert torch.equal(tables[1].values, before)
+    compare_sums(tables, store.hot.row_masks)
+
+
+def compare_sums(tables: list[MassTable], row_masks: torch.Tensor) -> None:
+    """Sums and decay of two equal tables, the second one's by the kernel."""
+    from oscar_radix.kernels.mass_sums import sum_and_decay
+
+    theirs, ours = tables
+    ours.values.copy_(theirs.values)
+    expected = torch.cat([theirs.slot_mass(), theirs.covered_mass(row_masks)])
+    theirs.values *= 0.75
+    sums = torch.zeros(ours.capacity + 1, device=ours.device)
+    sum_and_decay(ours.values, row_masks, *ours._tracked(), sums, 0.75)
+    free = torch.tensor(ours._free, device=ours.device)
+    expected[free] = 0.0
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-4)
+    ours.values[:, free] = theirs.values[:, free]
+    assert torch.equal(ours.values, theirs.values)
 
 
 def compare_kept(query_heads: int, dim: int, lengths: list[int], queries: int, seed: int, device: str) -> None:
