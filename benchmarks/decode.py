@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import copy_bandwidth, filled_store, graph_microseconds, pages_of, slot_table, write_report
+from oscar_radix.attention.layer_views import LayerViews
 from oscar_radix.attention.triton_backend import DecodeBatch, TritonAttention
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.kernels.decode import decode
@@ -57,15 +58,15 @@ def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = Fa
     slots = attention.parts(batch) + batch
     workspace = tuple(torch.empty(geometry.query_heads, slots, *end, device="cuda") for end in ((dim,), ()))
     query, out = q.float(), torch.empty_like(q)
+    views = [LayerViews.of(store, store.codec, layer) for layer in range(LAYERS)]
+    plan, blocks = attention.decode_plan(batch), store.hot.device_block_table
 
     def launch(layer: int) -> None:
         if whole:
             attention.decode(layer, q, k, v, step, SCALE)
             return
-        cache, codec = attention._layer_cache(layer), store.codec
-        parameters = (codec.key_parameters(layer), codec.value_parameters(layer))
-        plan = attention.decode_plan(batch)
-        decode(query, cache, store.hot.device_block_table, *parameters, last + 1, plan, workspace, out, SCALE, False)
+        of = views[layer]
+        decode(query, of.cache, blocks, of.keys, of.values, step.lengths, plan, workspace, out, SCALE, False)
 
     launches = [lambda layer=layer: launch(layer) for layer in range(LAYERS)]
     microseconds = graph_microseconds(launches)

@@ -211,7 +211,6 @@ def read_records(
         next_record = following.to(tl.int64) * Hkv + head
         next_mask = tl.load(hot_mask_ptr + next_record)
         next_k, next_v, next_s = _load_page(k_ptr, v_ptr, s_ptr, next_record, g, t, D)
-        following = tl.load(pages_ptr + tl.minimum(index + 2, last - 1))
         # Bit i: token i is read elsewhere, or does not exist.
         skipped = mask | _tail(tl.maximum((index + 1) * 32 - tokens, 0))
         if skipped != -1:
@@ -237,6 +236,8 @@ def read_records(
                 total += sums
                 shift += scaled
                 acc = _add_values(_value_words(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3], g, D), b0, b1, acc, D)
+        # Here, not beside the loads above: there ptxas would spill two of them, and wait for them to arrive.
+        following = tl.load(pages_ptr + tl.minimum(index + 2, last - 1))
         k = next_k
         v = next_v
         s = next_s

@@ -10,7 +10,6 @@ from sglang.srt.runtime_context import get_parallel, get_schedule
 from oscar_radix.budget import split_budget
 from oscar_radix.codec import get_recipe
 from oscar_radix.codec.parameters import parameter_bytes, placeholder
-from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.patches.allocator import OscarPageAllocator
 from oscar_radix.patches.flags import config_of
@@ -18,7 +17,7 @@ from oscar_radix.patches.pool import OscarKVPool
 from oscar_radix.patches.refusals import refuse_model
 from oscar_radix.patches.runtime import Runtime, current, install
 from oscar_radix.policy import POLICIES
-from oscar_radix.pool.sample_storage import SAMPLED_QUERIES, SampleStorage
+from oscar_radix.pool.sample_storage import SampleStorage
 from oscar_radix.pool.store import KVStore
 
 
@@ -35,17 +34,19 @@ def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: in
     recipe = get_recipe(config.recipe)
     schedule = get_schedule()
     chunk = schedule.chunked_prefill_size
+    budget = stock.max_total_num_tokens * geometry.kv_elements_per_token * 2
+    sampled_queries = SampleStorage.queries_for(geometry, budget) if POLICIES[config.policy].by_mass and self.device != "cpu" else 0
     sizes = split_budget(
-        budget_bytes=stock.max_total_num_tokens * geometry.kv_elements_per_token * 2,
+        budget_bytes=budget,
         geometry=geometry,
         layout=recipe.layout(geometry.head_dim),
         hot_fraction=config.hot_fraction,
-        parameter_bytes=parameter_bytes(recipe, geometry) + SampleStorage.bytes_of(geometry, _sampled_queries(self, config)),
+        parameter_bytes=parameter_bytes(recipe, geometry) + SampleStorage.bytes_of(geometry, sampled_queries),
         running_requests=schedule.max_running_requests,
         prefill_tokens=chunk if chunk and chunk > 0 else None,
         by_mass=POLICIES[config.policy].by_mass,
     )
-    install(Runtime(config, geometry, sizes))
+    install(Runtime(config, geometry, sizes, sampled_queries))
     return dataclasses.replace(stock, max_total_num_tokens=sizes.tokens)
 
 
@@ -74,7 +75,7 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         recent_tokens=config.recent_tokens,
         device=self.device,
         policy_interval=config.policy_interval,
-        sampled_queries=_sampled_queries(self, config),
+        sampled_queries=runtime.sampled_queries,
     )
     if runtime.store.mass and get_parallel().attn_tp_size > 1:
         runtime.store.mass.heat.reduce = attn_tp_all_reduce
@@ -101,11 +102,6 @@ def build_allocator(original: Callable[..., Any], self: Any, **kwargs: Any) -> A
         device=self.device,
         kvcache=kwargs["token_to_kv_pool"],
     )
-
-
-def _sampled_queries(configurator: Any, config: OscarConfig) -> int:
-    """Queries that the store keeps at fixed addresses."""
-    return SAMPLED_QUERIES if POLICIES[config.policy].by_mass and configurator.device != "cpu" else 0
 
 
 def _geometry(configurator: Any) -> Geometry:

@@ -6,9 +6,12 @@ import torch
 
 from oscar_radix.geometry import Geometry
 
-SAMPLED_QUERIES = 256
-"""Queries of one forward that are kept at most: of so many requests in a decode step, or so many over the requests of a prefill batch.
-144 MiB at 36 layers of 32 heads of 128 channels."""
+MOST_QUERIES, LEAST_QUERIES = 256, 16
+"""Queries of one forward that are kept: of so many requests in a decode step, or so many over the requests of a prefill batch. The most
+take 145 MiB at 36 layers of 32 heads of 128 channels."""
+
+BUDGET_SHARE = 1 / 128
+"""Of the KV bytes at most, unless that is less than LEAST_QUERIES take."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,12 @@ class SampleStorage:
     def bytes_of(geometry: Geometry, queries: int) -> int:
         """Bytes of room for `queries` queries."""
         return geometry.layers * queries * geometry.query_heads * (geometry.head_dim + 1) * 4
+
+    @staticmethod
+    def queries_for(geometry: Geometry, budget_bytes: int) -> int:
+        """How many there is room for in a KV budget."""
+        affordable = int(budget_bytes * BUDGET_SHARE) // SampleStorage.bytes_of(geometry, 1)
+        return min(MOST_QUERIES, max(LEAST_QUERIES, affordable))
 
     @property
     def queries(self) -> int:
