@@ -8,8 +8,8 @@ from benchmarks.servers import SglangServer
 from tests.serving.client import texts
 from tests.serving.forcing import decode_forced
 
-POSITIONS = 64
-PREFIX_LENGTHS = (704, 768, 832, 896, 960, 1024)
+POSITIONS = 48
+PREFIX_LENGTHS = (704, 768, 832, 896)
 """Whole pages, so that a hit covers a prefix to its last token."""
 
 

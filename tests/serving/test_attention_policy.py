@@ -11,7 +11,7 @@ from tests.serving.client import OSCAR_ARGS, flush, serve, settled
 from tests.serving.workload import converse
 
 PARTS = 3
-"""Prefixes of 704 to 832 tokens, 64 decoded tokens each."""
+"""Of quality.parts()."""
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ def test_cache_on_answers_like_cache_off(cache_off, ours, logs):
     cache_on = converse(ours, logs, script=cache_off)
     assert all(turn.cached_tokens == 0 for turns in cache_off for turn in turns)
     hits = [turns[1].cached_tokens for turns in cache_on]
-    # The answer's 31 computed tokens are not a page. Four windows and four new ones are more than the hot pool has.
+    # The 15 computed tokens of an answer are not a page. Four windows and four new ones are more than the hot pool has.
     assert all(FIRST - WINDOW <= hit <= FIRST for hit in hits[CONCURRENT:]), hits
     assert min(hits[:CONCURRENT]) < FIRST - WINDOW, f"no conversation lost pages to eviction: {hits}"
     for number in range(2):

@@ -29,7 +29,7 @@ def computed(stock, running: SglangServer, logs) -> list[float]:
 
 
 def test_kl_after_a_hit_is_that_of_a_computed_prefix(stock, computed, running, logs):
-    """Mean KL to bf16 of 64 decoded tokens, over six prefixes; policy `none`, so that both sides read the same precision by design."""
+    """Mean KL to bf16 of decoded tokens, over all prefixes; policy `none`, so that both sides read the same precision by design."""
     after_hit = []
     for part, expected in zip(quality.parts(), stock.predictions, strict=True):
         prefix = part[0][:-1]

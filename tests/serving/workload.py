@@ -10,7 +10,7 @@ from tests.serving.client import piece, together
 from tests.serving.forcing import decode_forced
 
 CONCURRENT, WAVES = 4, 2
-SYSTEM, FIRST, ANSWER, SECOND = 192, 640, 32, 61
+SYSTEM, FIRST, ANSWER, SECOND = 192, 640, 16, 77
 """Tokens of a system prompt, of the first prompt with it, of each answer, and of the second turn's question."""
 
 
