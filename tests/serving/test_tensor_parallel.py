@@ -8,7 +8,7 @@ import torch
 
 from tests.serving import client
 from tests.serving.across_devices import OWN_CALIBRATION_TOLERANCE, ask, check
-from tests.serving.client import OSCAR_ARGS, REPOSITORY, serve, settled
+from tests.serving.client import OSCAR_ARGS, REPOSITORY, pages, serve, settled
 
 RANKS = 3
 """The model's KV heads."""
@@ -37,4 +37,5 @@ def test_ranks_answer_like_one_and_decide_alike(logs):
     print(f"demotions {report['demotions_by_level']}, mass {report['mass']}")
     assert report["demotions_by_level"]["8"] > 0
     assert 0.5 < report["mass"]["covered_share"] <= 1
-    print(check(answers, reference, OWN_CALIBRATION_TOLERANCE))
+    assert [answer["cached_tokens"] for answer in answers] == [0, pages(len(parts[0]["prompt"]) - 1)]
+    print(check(answers, reference, OWN_CALIBRATION_TOLERANCE, same_hits=False))
