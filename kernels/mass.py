@@ -71,12 +71,12 @@ def _add_hot(
     _add(mass_ptr + ((first_slot + slot) * Hkv + head) * PAGE + token, scores, lse, limit, position, keep)
 
 
-@triton.jit(do_not_specialize=["record_pages", "hot_blocks", "slots", "count", "nearest"])
+@triton.jit(do_not_specialize=["record_pages", "hot_blocks", "slots", "count", "queries", "nearest"])
 def _add_mass(
     query_ptr, lse_ptr, k_codes, scales, hot_k, hot_scales, row_masks, row_numbers, table_ptr, levels_ptr,
     key_step, key_zero, key_masks, lengths_ptr, entries, chunks, mass_ptr, visits_ptr,
-    query_stride, lse_stride, record_pages, hot_blocks, slots, count, nearest, softmax_scale,
-    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RECORDS: tl.constexpr,
+    query_stride, lse_stride, record_pages, hot_blocks, slots, count, queries, nearest, softmax_scale,
+    Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RECORDS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     chunk = chunks + tl.program_id(1)
@@ -84,22 +84,22 @@ def _add_mass(
     request = tl.load(chunk)
     first = tl.load(chunk + tl.num_programs(1))
     last = tl.load(chunk + 2 * tl.num_programs(1))
-    # Row r is query r // GROUP of the request's last T, head r % GROUP of the group (GROUP is G, rounded up to a power of two).
+    # Row r is query r // GROUP of the request's last `queries`, head r % GROUP of the group (GROUP is G, rounded up to a power of two).
     query = tl.arange(0, M) // GROUP
     member = tl.arange(0, M) % GROUP
-    rows = (request * T + query) * (Hkv * G) + head * G + member
-    row_ok = (query < T) & (member < G)
+    rows = (request * queries + query) * (Hkv * G) + head * G + member
+    row_ok = (query < queries) & (member < G)
     lse = tl.load(lse_ptr + layer * lse_stride + rows, mask=row_ok, other=float("inf"))
     row_ok = row_ok & (tl.abs(lse) < float("inf"))
     lse = tl.where(row_ok, lse * LOG2_E, 0.0)
-    limit = tl.where(row_ok, tl.load(lengths_ptr + request).to(tl.int32) - T + 1 + query - nearest, 0)
+    limit = tl.where(row_ok, tl.load(lengths_ptr + request).to(tl.int32) - queries + 1 + query - nearest, 0)
     end = tl.max(limit, 0)
     parameters = layer * (Hkv * D)
     key_step += parameters
     key_zero += parameters
-    queries = query_ptr + layer * query_stride
+    query_ptr += layer * query_stride
     if RECORDS:
-        b0, b1, b2, b3, _, _, _, _, unit_b, _, offset = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
+        b0, b1, b2, b3, _, _, _, _, unit_b, _, offset = load_queries(query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
         masks = key_masks + parameters + head * D
         place = tl.arange(0, TILE_PAGES * PAGE)
         token = place % PAGE
@@ -119,7 +119,7 @@ def _add_mass(
                 seen = row_ok[:, None] & (member == 0)[:, None] & (position[None, :] < limit[:, None])
                 tl.atomic_add(visits_ptr + slot * PAGE + token, tl.sum(seen.to(tl.float32), 0), mask=counted, sem="relaxed")
     # A second pass, so that only one kind of operands takes registers.
-    _, _, _, _, h0, h1, h2, h3, _, unit_h, _ = load_queries(queries, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
+    _, _, _, _, h0, h1, h2, h3, _, unit_h, _ = load_queries(query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
     small = tl.arange(0, TILE_PAGES * SMALL_LEVEL)
     row = tl.arange(0, PAGE)
     for tile in range(first, last, TILE_PAGES):
@@ -189,6 +189,6 @@ def add_mass(
         )  # fmt: skip
     _add_mass[grid](
         query, lse, *cache, *tables, *key_parameters, *watched, *mass, query.stride(0), lse.stride(0), cache[0].shape[1], cache[2].shape[1],
-        mass[0].shape[1], entries.shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, GROUP=rounded, T=queries, D=dim, M=height,
+        mass[0].shape[1], entries.shape[1], queries, nearest, softmax_scale, Hkv=kv_heads, G=group, GROUP=rounded, D=dim, M=height,
         RECORDS=not fast, **launch_options(height),
     )  # fmt: skip

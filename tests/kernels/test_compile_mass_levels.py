@@ -21,9 +21,9 @@ TYPES = {
     "softmax_scale": "fp32",
 }
 MASS = {
-    "mass": {"Hkv": 8, "G": 4, "GROUP": 4, "T": 1, "D": 128, "M": 16, "RECORDS": False},
-    "mass, 4 queries, D 64": {"Hkv": 3, "G": 3, "GROUP": 4, "T": 4, "D": 64, "M": 16, "RECORDS": True},
-    "mass, 16 queries": {"Hkv": 4, "G": 7, "GROUP": 8, "T": 16, "D": 128, "M": 128, "RECORDS": True},
+    "mass": {"Hkv": 8, "G": 4, "GROUP": 4, "D": 128, "M": 16, "RECORDS": False},
+    "mass, 4 queries, D 64": {"Hkv": 3, "G": 3, "GROUP": 4, "D": 64, "M": 16, "RECORDS": True},
+    "mass, 16 queries": {"Hkv": 4, "G": 7, "GROUP": 8, "D": 128, "M": 128, "RECORDS": True},
 }
 CASES = {
     **{name: (mass._add_mass, constants, mass.launch_options(constants["M"])) for name, constants in MASS.items()},
