@@ -19,4 +19,4 @@ lint: setup
 	@$(VENV) -m ruff check .
 
 test: lint
-	@$(VENV) -m pytest
+	@$(VENV) -m pytest -n 2 --dist loadgroup

@@ -25,7 +25,7 @@ OURS = {
     "ours: write": ("_write_rows", "_write_prefill"),
     "ours: seal": ("_seal",),
     "ours: plan": ("_list_pages", "_assign_parts"),
-    "ours: levels and mass": ("_keep_rows", "mass_records", "_add_mass"),
+    "ours: levels and mass": ("_keep_rows", "mass_records", "_add_mass", "_keep_queries", "_sum_and_decay"),
     "ours: extend": ("_extend", "extend_hopper", "extend_dense_round", "_open_prefix", "_merge_parts", "_leave_basis"),
 }
 """Names of our kernels by group; a trace calls a Triton kernel by its function's name."""
