@@ -19,4 +19,4 @@ lint: setup
 	@$(VENV) -m ruff check .
 
 test: lint
-	@$(VENV) -m pytest -n 2 --dist loadgroup
+	@OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadgroup  # servers have threads of their own
