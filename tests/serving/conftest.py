@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     client.on_gpu = config.getoption("--on-gpu")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder starts servers, and shares them: with `-n`, in one process."""
     here = Path(__file__).parent
