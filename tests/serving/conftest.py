@@ -38,14 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
     client.on_gpu = config.getoption("--on-gpu")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this folder starts servers, and shares them: with `-n`, in one process."""
+    """Everything in this folder starts servers."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.serving)
-            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.fixture(scope="session")
