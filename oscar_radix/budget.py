@@ -10,6 +10,7 @@ from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.mass_levels import SLOT_BLOCKS
 from oscar_radix.pool.pages import PageTable
+from oscar_radix.pool.sample_storage import SampleStorage
 
 LARGEST_HOT_SHARE = 0.5
 """A hot pool that must be larger than this to hold its fresh pages means that the budget is too small for the load."""
@@ -23,6 +24,8 @@ class PoolSizes:
     bf16_bytes_per_token: int
     pages: int
     hot_blocks: int
+    sampled_queries: int = 0
+    """That have room at fixed addresses."""
 
     @property
     def tokens(self) -> int:
@@ -54,6 +57,7 @@ def split_budget(
     running_requests: int | None,
     prefill_tokens: int | None,
     by_mass: bool = False,
+    graphs: bool = False,
 ) -> PoolSizes:
     """Sizes of the pools for `budget_bytes`, all of it counted: records, hot pool, tables, codec parameters.
 
@@ -65,10 +69,11 @@ def split_budget(
         geometry: attention shape of this rank.
         layout: bytes of a base record.
         hot_fraction: share of the budget for hot rows.
-        parameter_bytes: bytes of the codec's bases and steps, and of whatever else has a size of its own.
+        parameter_bytes: bytes of the codec's bases and steps.
         running_requests: the user's limit; None when there is none (the server then admits what the hot pool carries).
         prefill_tokens: tokens of one prefill chunk; None when prefill is not chunked.
         by_mass: the policy goes by attention mass, whose table shares the hot pool's part of the budget.
+        graphs: decode steps replay from CUDA graphs, so that such a policy keeps sampled queries at fixed addresses.
 
     Raises:
         ValueError: when the budget is too small, with what was asked and what is possible.
@@ -86,11 +91,14 @@ def split_budget(
             f"{running_requests or 1} running requests and a prefill chunk of {prefill_tokens or 0} tokens ask for {wanted_pages}: "
             f"lower --max-running-requests or --chunked-prefill-size, or raise --mem-fraction-static or --max-total-tokens"
         )
-    pages = (budget_bytes - hot_blocks * block - parameter_bytes) // page - 1
+    sampled_queries = SampleStorage.queries_for(geometry, budget_bytes) if by_mass and graphs else 0
+    sample_bytes = SampleStorage.bytes_of(geometry, sampled_queries)
+    pages = (budget_bytes - hot_blocks * block - parameter_bytes - sample_bytes) // page - 1
     if pages < 1:
+        sampled = f"; sampled queries {sample_bytes / 2**20:.1f} MiB" if sampled_queries else ""
         raise ValueError(
             f"the KV budget of {budget_bytes / 2**20:.1f} MiB is used up by the hot pool ({hot_blocks * block / 2**20:.1f} MiB) and "
-            f"the codec's parameters ({parameter_bytes / 2**20:.1f} MiB); one page takes {page / 2**20:.3f} MiB: raise "
+            f"the codec's parameters ({parameter_bytes / 2**20:.1f} MiB{sampled}); one page takes {page / 2**20:.3f} MiB: raise "
             f"--mem-fraction-static or --max-total-tokens"
         )
-    return PoolSizes(budget_bytes, geometry.kv_elements_per_token * 2, pages, hot_blocks)
+    return PoolSizes(budget_bytes, geometry.kv_elements_per_token * 2, pages, hot_blocks, sampled_queries)

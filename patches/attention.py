@@ -63,13 +63,12 @@ class OscarAttentionBackend(AttentionBackend):
         self._end_sample()
         store = self.runtime.store
         if forward_batch.forward_mode.is_decode():
-            step = self.pages.decode(forward_batch)
             if self.on_cpu:
+                step = self.pages.decode(forward_batch)
                 self.plan = plan_decode(store, step)
                 self.runtime.attention.sample = self._sample(True, step.sequences)
             else:
-                store.residency.prepare_decode(step)
-                self._sample(True, step.sequences, len(forward_batch.req_pool_indices))
+                self._prepare_decode(forward_batch)
                 self._plan_decode(forward_batch)
         else:
             sequences = self.pages.extend(forward_batch)
@@ -93,9 +92,7 @@ class OscarAttentionBackend(AttentionBackend):
         """Before a decode graph is captured or replayed. Padding rows have one token in page 0 and are not planned."""
         if not in_capture:
             self._end_sample()
-            step = self.pages.decode(forward_batch)
-            self.runtime.store.residency.prepare_decode(step)
-            self._sample(True, step.sequences, len(forward_batch.req_pool_indices))
+            self._prepare_decode(forward_batch)
             self.runtime.log_periodically()
         self._plan_decode(forward_batch)
 
@@ -105,6 +102,12 @@ class OscarAttentionBackend(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Tokens of a padding row."""
         return 1
+
+    def _prepare_decode(self, forward_batch: Any) -> None:
+        """Hot pool and sample of a decode step on CUDA; what the device plans follows in `_plan_decode`."""
+        step = self.pages.decode(forward_batch)
+        self.runtime.store.residency.prepare_decode(step)
+        self._sample(True, step.sequences, len(forward_batch.req_pool_indices))
 
     def _plan_decode(self, forward_batch: Any) -> None:
         from oscar_radix.attention.triton_backend import DecodeBatch

@@ -20,8 +20,6 @@ class Runtime:
     config: OscarConfig
     geometry: Geometry
     sizes: PoolSizes
-    sampled_queries: int = 0
-    """That the store keeps at fixed addresses, for a policy that goes by attention mass on a GPU."""
     store: KVStore | None = None
     attention: Any = None
     metrics: Metrics | None = None

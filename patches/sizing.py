@@ -17,7 +17,6 @@ from oscar_radix.patches.pool import OscarKVPool
 from oscar_radix.patches.refusals import refuse_model
 from oscar_radix.patches.runtime import Runtime, current, install
 from oscar_radix.policy import POLICIES
-from oscar_radix.pool.sample_storage import SampleStorage
 from oscar_radix.pool.store import KVStore
 
 
@@ -34,19 +33,18 @@ def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: in
     recipe = get_recipe(config.recipe)
     schedule = get_schedule()
     chunk = schedule.chunked_prefill_size
-    budget = stock.max_total_num_tokens * geometry.kv_elements_per_token * 2
-    sampled_queries = SampleStorage.queries_for(geometry, budget) if POLICIES[config.policy].by_mass and self.device != "cpu" else 0
     sizes = split_budget(
-        budget_bytes=budget,
+        budget_bytes=stock.max_total_num_tokens * geometry.kv_elements_per_token * 2,
         geometry=geometry,
         layout=recipe.layout(geometry.head_dim),
         hot_fraction=config.hot_fraction,
-        parameter_bytes=parameter_bytes(recipe, geometry) + SampleStorage.bytes_of(geometry, sampled_queries),
+        parameter_bytes=parameter_bytes(recipe, geometry),
         running_requests=schedule.max_running_requests,
         prefill_tokens=chunk if chunk and chunk > 0 else None,
         by_mass=POLICIES[config.policy].by_mass,
+        graphs=self.device != "cpu",
     )
-    install(Runtime(config, geometry, sizes, sampled_queries))
+    install(Runtime(config, geometry, sizes))
     return dataclasses.replace(stock, max_total_num_tokens=sizes.tokens)
 
 
@@ -75,7 +73,7 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         recent_tokens=config.recent_tokens,
         device=self.device,
         policy_interval=config.policy_interval,
-        sampled_queries=runtime.sampled_queries,
+        sampled_queries=runtime.sizes.sampled_queries,
     )
     if runtime.store.mass and get_parallel().attn_tp_size > 1:
         runtime.store.mass.heat.reduce = attn_tp_all_reduce

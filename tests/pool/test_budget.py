@@ -17,6 +17,7 @@ from oscar_radix.pool.heat import PageHeat
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.pages import PageTable
+from oscar_radix.pool.sample_storage import SampleStorage
 from oscar_radix.pool.store import KVStore
 from tests.helpers import make_codec
 
@@ -133,3 +134,16 @@ def test_a_budget_without_room_for_a_page_names_what_uses_it_up():
         split(24 * MIB, geometry)
     assert "the KV budget of 24.0 MiB is used up by the hot pool (" in str(error.value)
     assert "and the codec's parameters (" in str(error.value)
+
+
+def test_sampled_queries_take_from_the_pages_where_decode_steps_are_graphs():
+    """Under a policy by mass; the hot pool keeps its size."""
+    geometry = Geometry(layers=32, kv_heads=8, query_heads=32, head_dim=128)
+    plain, graphs = (
+        split_budget(2**30, geometry, get_recipe(DEFAULT_RECIPE).layout(128), 0.12, 0, None, None, by_mass=True, graphs=graphs)
+        for graphs in (False, True)
+    )
+    assert plain.sampled_queries == 0
+    assert graphs.sampled_queries == SampleStorage.queries_for(geometry, 2**30)
+    assert graphs.hot_blocks == plain.hot_blocks
+    assert graphs.pages < plain.pages

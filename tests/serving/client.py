@@ -62,8 +62,8 @@ def serve(
     before = {key: os.environ.get(key) for key in changed}
     os.environ.update(changed)
     try:
-        where: dict[str, Any] = {"base_args": GPU_ARGS, "environment": {"HF_HUB_OFFLINE": "1"}, "threads": None} if on_gpu else {}
-        where["environment"] = {**where.get("environment", CPU_ENVIRONMENT), **(environment or {})}
+        where: dict[str, Any] = {"base_args": GPU_ARGS, "threads": None} if on_gpu else {}
+        where["environment"] = {**({"HF_HUB_OFFLINE": "1"} if on_gpu else CPU_ENVIRONMENT), **(environment or {})}
         server = SglangServer(prepare(), arguments, log_path=logs / f"{name}.log", name=name, progress=None, **where)
         server.__enter__()
     finally:
