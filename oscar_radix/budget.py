@@ -6,6 +6,7 @@ from oscar_radix.codec.layout import RecordLayout
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.pool.base_records import BaseRecords
 from oscar_radix.pool.heat import PageHeat
+from oscar_radix.pool.host_store import HostStore
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.mass_levels import SLOT_BLOCKS
@@ -26,6 +27,8 @@ class PoolSizes:
     hot_blocks: int
     sampled_queries: int = 0
     """That have room at fixed addresses."""
+    host_pages: int = 0
+    """Whose int8 rows have room in host memory, which is not part of the budget."""
 
     @property
     def tokens(self) -> int:
@@ -102,3 +105,29 @@ def split_budget(
             f"--mem-fraction-static or --max-total-tokens"
         )
     return PoolSizes(budget_bytes, geometry.kv_elements_per_token * 2, pages, hot_blocks, sampled_queries)
+
+
+def host_pages(host_gib: float, ranks: int, geometry: Geometry, pages: int, window_pages: int) -> int:
+    """Pages whose int8 copies this rank's share of host memory holds; not more than there are.
+
+    Args:
+        host_gib: GiB of host memory for the ranks of this machine together; 0: none.
+        ranks: ranks on this machine.
+        geometry: attention shape of this rank.
+        pages: usable pages.
+        window_pages: pages of a recent window and its sinks.
+
+    Raises:
+        ValueError: when the share is too small for one window, with what was asked and what it takes.
+    """
+    if not host_gib:
+        return 0
+    page = HostStore.page_bytes(geometry)
+    possible = int(host_gib * 2**30) // ranks // page
+    if possible < window_pages:
+        needed = window_pages * page * ranks / 2**30
+        raise ValueError(
+            f"--oscar-host-gib {host_gib} holds {possible} pages on each of {ranks} ranks, but the window and sinks of one reader are "
+            f"{window_pages}: give it {needed:.3f} GiB or more, or 0"
+        )
+    return min(possible, pages)

@@ -20,6 +20,7 @@ class OscarConfig:
         policy_interval: forwards between two decisions of the policy `attention`.
         recent_tokens: W, the tokens before the end of a sequence that stay at int8.
         hot_fraction: share of the KV byte budget that the hot pool takes.
+        host_gib: GiB of this machine's memory for int8 copies of sealed pages, over all its ranks; 0: no copies.
         fold_values: "auto" folds the rotation of V into the model's weights where that is possible, "off" never does.
         log_interval: forwards between two periodic log lines.
     """
@@ -30,6 +31,7 @@ class OscarConfig:
     policy_interval: int = 32
     recent_tokens: int = 256
     hot_fraction: float = 0.12
+    host_gib: float = 0.0
     fold_values: str = "auto"
     log_interval: int = 200
 
@@ -44,6 +46,8 @@ class OscarConfig:
             )
         if not 0.0 < self.hot_fraction <= 0.9:
             raise ValueError(f"--oscar-hot-fraction {self.hot_fraction} must be above 0 and at most 0.9")
+        if not 0.0 <= self.host_gib < float("inf"):
+            raise ValueError(f"--oscar-host-gib {self.host_gib} must be 0 or more")
         if self.fold_values not in FOLD_VALUES:
             raise ValueError(f"--oscar-fold-values {self.fold_values} is unknown; choose from {', '.join(FOLD_VALUES)}")
 

@@ -10,7 +10,7 @@ import torch
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
 from oscar_radix.config import FOLD_VALUES, OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags
+from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags, refuse_host_store
 from oscar_radix.patches.targets import problems
 from oscar_radix.policy import POLICIES
 
@@ -83,6 +83,13 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
         help="Share of the KV byte budget for the pool of int8 rows. Default: 0.12.",
     )
     group.add_argument(
+        "--oscar-host-gib",
+        type=float,
+        default=0.0,
+        help="GiB of host memory, pinned on GPU hosts, for int8 copies of cached pages: readers that continue from a prefix get its recent "
+        "window back from there, and --oscar-policy attention raises pages that have become hot. Default: 0, no copies.",
+    )
+    group.add_argument(
         "--oscar-fold-values",
         choices=list(FOLD_VALUES),
         default="auto",
@@ -103,10 +110,12 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
             policy_interval=args.oscar_policy_interval,
             recent_tokens=args.oscar_recent_tokens,
             hot_fraction=args.oscar_hot_fraction,
+            host_gib=args.oscar_host_gib,
             fold_values=args.oscar_fold_values,
         )
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_device(device, config.recipe)
+        refuse_host_store(config.host_gib)
         refuse_flags(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from (None if isinstance(error, Refused) else error)

@@ -45,14 +45,15 @@ class OscarRadixCache(RadixCache):
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Longest cached prefix that a reader can continue from.
 
-        A reader continues with the tokens before the end of the match as its recent window. Where they are no longer hot,
-        the match is shortened, by the recent window at most, and the reader computes that part again; when it enters the tree as a
-        duplicate, its hot rows stay with the tree's pages, so that the next reader finds them.
+        A reader continues with the tokens before the end of the match as its recent window. Where they are no longer hot, and have no
+        copy in host memory, the match is shortened, by the recent window at most, and the reader computes that part again; when it enters
+        the tree as a duplicate, its hot rows stay with the tree's pages, so that the next reader finds them.
         """
         result = super().match_prefix(params)
         pages = self._path_pages(result.last_device_node)
         if len(pages):
             note_pages(result.device_indices, pages)
+            self.store.touch(pages)
         if self._caching_unfinished:
             return result
         kept = self._continuable(pages)
@@ -68,8 +69,8 @@ class OscarRadixCache(RadixCache):
         return MatchResult(indices, node, node, node)
 
     def _continuable(self, pages: np.ndarray) -> int:
-        """Pages of the longest prefix of `pages` that ends in a hot window, but never more than the window less."""
-        whole = self.store.is_whole(pages)
+        """Pages of the longest prefix of `pages` that ends in a window at int8, but never more than the window less."""
+        whole = self.store.can_be_whole(pages)
         shortest = max(0, len(pages) - self.recent_pages)
         for end in range(len(pages), shortest, -1):
             if whole[max(0, end - self.recent_pages) : end].all():

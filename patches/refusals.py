@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import psutil
+
 from oscar_radix.geometry import PAGE_TOKENS, SUPPORTED_HEAD_DIMS
 
 logger = logging.getLogger("oscar_radix")
@@ -113,6 +115,13 @@ def refuse_device(device: str, recipe: str) -> None:
         raise Refused(
             f"--oscar-recipe {recipe} has no GPU kernels, only the plain-torch path for CPUs; use one of {', '.join(RECIPES_WITH_KERNELS)}"
         )
+
+
+def refuse_host_store(host_gib: float) -> None:
+    """Raise Refused when this machine has not that much memory left."""
+    available = psutil.virtual_memory().available / 2**30
+    if host_gib > available:
+        raise Refused(f"--oscar-host-gib {host_gib:g}: this machine has {available:.1f} GiB of memory available; ask for less")
 
 
 def refuse_flags(args: Namespace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.layers.dp_attention import attn_tp_all_reduce
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
-from oscar_radix.budget import split_budget
+from oscar_radix.budget import host_pages, split_budget
 from oscar_radix.codec import get_recipe
 from oscar_radix.codec.parameters import parameter_bytes, placeholder
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
@@ -18,6 +18,7 @@ from oscar_radix.patches.refusals import refuse_model
 from oscar_radix.patches.runtime import Runtime, current, install
 from oscar_radix.policy import POLICIES
 from oscar_radix.pool.store import KVStore
+from oscar_radix.sequence import SINK_PAGES
 
 
 def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: int, *, cap_tokens: int | None = None) -> Any:
@@ -44,6 +45,9 @@ def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: in
         by_mass=POLICIES[config.policy].by_mass,
         graphs=self.device != "cpu",
     )
+    ranks = max(1, self.server_args.tp_size // self.server_args.nnodes)
+    copies = host_pages(config.host_gib, ranks, geometry, sizes.pages, config.recent_pages + SINK_PAGES)
+    sizes = dataclasses.replace(sizes, host_pages=copies)
     install(Runtime(config, geometry, sizes))
     return dataclasses.replace(stock, max_total_num_tokens=sizes.tokens)
 
@@ -74,6 +78,7 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         device=self.device,
         policy_interval=config.policy_interval,
         sampled_queries=runtime.sizes.sampled_queries,
+        host_pages=runtime.sizes.host_pages,
     )
     if runtime.store.mass and get_parallel().attn_tp_size > 1:
         runtime.store.mass.heat.reduce = attn_tp_all_reduce

@@ -45,10 +45,12 @@ def make_store(
     geometry: Geometry = GEOMETRY,
     device: str = "cpu",
     policy_interval: int = 32,
+    host_pages: int = 0,
 ) -> KVStore:
     """A store with a codec, ready to serve."""
     layout = get_recipe(recipe).layout(geometry.head_dim)
-    store = KVStore(geometry, layout, pages, hot_pages * PAGE_BLOCKS, POLICIES[policy](), recent_tokens, device, policy_interval)
+    hot_blocks = hot_pages * PAGE_BLOCKS
+    store = KVStore(geometry, layout, pages, hot_blocks, POLICIES[policy](), recent_tokens, device, policy_interval, host_pages=host_pages)
     store.codec = make_codec(recipe, geometry, "cpu" if device == "meta" else device)
     return store
 

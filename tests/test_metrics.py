@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,7 +56,9 @@ def test_report_agrees_with_the_store(metrics):
     assert report["forwards"] == 2
     assert report["demotions"] == store.residency.demotions > 0
     assert report["demotions_by_level"] == {"0": report["demotions"], "2": 0, "4": 0, "8": 0}
-    assert report["promotions_by_level"] == {"32": 0}
+    assert report["promotions_by_level"] == {"2": 0, "4": 0, "8": 0, "32": 0}
+    assert report["promotions_by_source"] == {"recomputed": 0, "host": 0}
+    assert "host_store" not in report
     assert "mass" not in report
     assert report["pages_sealed_without_hot_rows"] == store.residency.sealed_without_hot_rows > 0
     assert report["rows_with_nan_or_inf"] == 1
@@ -88,7 +91,7 @@ def test_periodic_line_has_every_level(metrics):
         assert f"level {level}: {entry['tokens']} tokens {entry['bytes'] / MIB:.1f} MiB" in line
     used = metrics.store.hot.capacity - metrics.store.hot.free_blocks
     assert f"hot blocks {used} of {metrics.store.hot.capacity} used" in line
-    assert re.search(r"\d+ demotions, 1 rows with NaN or Inf$", line)
+    assert re.search(r"\d+ demotions, promotions: 0 recomputed, 0 from host memory, 1 rows with NaN or Inf$", line)
 
 
 def test_a_policy_that_goes_by_mass_shows_it():
@@ -109,4 +112,27 @@ def test_a_policy_that_goes_by_mass_shows_it():
     assert report["mass"] == {"covered_share": pytest.approx((32 + 4) / 64), "pages_tracked": 4, "slots": HOT_PAGES * 4}
     assert report["demotions_by_level"]["4"] == 1
     assert json.loads(json.dumps(report)) == report
-    assert re.search(r", 56\.2 % of the attention mass on hot rows, 1 demotions, 0 rows with NaN or Inf$", metrics.periodic_line())
+    end = r"1 demotions, promotions: 0 recomputed, 0 from host memory, 0 rows with NaN or Inf$"
+    assert re.search(r", 56\.2 % of the attention mass on hot rows, " + end, metrics.periodic_line())
+
+
+def test_copies_in_host_memory_are_shown():
+    store = make_store(PAGES, HOT_PAGES, host_pages=4)
+    pages = take_pages(store, 3)
+    sizes = PoolSizes(sum(store.allocated_bytes.values()), GEOMETRY.kv_elements_per_token * 2, PAGES, store.hot.capacity)
+    metrics = Metrics(OscarConfig(recipe="tck", host_gib=1.0), sizes, store, "made in a test")
+    host = store.copies.host
+    assert metrics.startup_lines()[2] == f"kv-quant oscar: int8 copies of 4 of {PAGES} pages in {host.nbytes / MIB:.1f} MiB of host memory"
+    store.residency.prepare([Sequence(pages, 0, 96, False)])
+    store.residency.prepare([Sequence(take_pages(store, 1), 0, 5, False)])
+    store.end_prefill(pages)
+    for page in pages.tolist():
+        store.residency.demote(page, 0)
+    store.residency.prepare([Sequence(np.concatenate([pages, take_pages(store, 1)]), 96, 100, False)])
+    report = metrics.report()
+    held = {"bytes": host.nbytes, "pages": 4, "pages_held": 3, "pages_copied": 3, "pages_dropped_for_others": 0}
+    assert report["host_store"] == held
+    assert report["promotions_by_source"] == {"recomputed": 0, "host": 3}
+    assert report["promotions_by_level"] == {"2": 0, "4": 0, "8": 0, "32": 3}
+    assert json.loads(json.dumps(report)) == report
+    assert "promotions: 0 recomputed, 3 from host memory" in metrics.periodic_line()

@@ -27,15 +27,18 @@ class AttentionPolicy(Policy):
         """Level with room for all."""
         return STEPS[-1][0]
 
-    def levels(self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int | np.ndarray = 0) -> np.ndarray:
+    def levels(
+        self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int | np.ndarray = 0, reach: np.ndarray | None = None
+    ) -> np.ndarray:
         """Levels under a budget, by mass per byte.
 
         Args:
-            held: int [N], levels now; none rises. 32 is a whole page that no window needs any more.
+            held: int [N], levels now. 32 is a whole page that no window needs any more.
             mass: float [N], attention mass of each page over all layers, heads and readers (with tensor parallelism: over all ranks).
                 NaN: not known yet; taken as the mean of the known ones.
             blocks: hot blocks for all of these pages together.
             lowest: no page that holds this many rows falls below them, whatever `blocks` says; int, or int [N].
+            reach: int [N], levels to which pages can rise; None: none rises.
 
         Returns:
             int64 [N], one of 0, 2, 4, 8 each.
@@ -43,9 +46,10 @@ class AttentionPolicy(Policy):
         known = mass[~np.isnan(mass)]
         mass = np.where(np.isnan(mass), known.mean(dtype=np.float64) if len(known) else 1.0, mass).astype(np.float64)
         level, cost, worth = (np.array(column) for column in zip(*STEPS, strict=True))
-        value = mass[:, None] * worth * np.where(held < 32, HYSTERESIS, 1.0)[:, None]
-        value[level <= np.broadcast_to(lowest, len(held))[:, None]] = np.inf
-        possible = level <= held[:, None]
+        has = level <= held[:, None]
+        value = mass[:, None] * worth * np.where(has & (held < 32)[:, None], HYSTERESIS, 1.0)
+        value[has & (level <= np.broadcast_to(lowest, len(held))[:, None])] = np.inf
+        possible = has if reach is None else has | (level <= reach[:, None])
         page, step = np.nonzero(possible)
         value = value[page, step]
         order = np.lexsort((page, step, -value))

@@ -47,7 +47,9 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"policy {self.name} keeps whole pages or none; it never chooses {level} rows of a page")
 
-    def levels(self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int | np.ndarray = 0) -> np.ndarray:
+    def levels(
+        self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int | np.ndarray = 0, reach: np.ndarray | None = None
+    ) -> np.ndarray:
         """Levels of pages that share a budget, by their attention mass; see AttentionPolicy.
 
         Raises:

@@ -11,6 +11,8 @@ def host_state_digest(store: KVStore) -> int:
     arrays = [table.owner, table.sealed, table.window, table.continuation, table.prefilling, hot.levels, hot.block_table]
     if store.mass:
         arrays += [store.mass.table.slots, store.mass.heat.values]
+    if store.copies:
+        arrays.append(store.copies.host.slots)
     digest = store.residency.now
     for array in arrays:
         digest = zlib.crc32(array.tobytes(), digest)

@@ -37,6 +37,8 @@ class PageHeat:
         """float32 [pages]; NaN: not known yet."""
         self.reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
         """Sum of a float32 [slots + 1] tensor over all tensor-parallel ranks, in order with the current stream."""
+        self.measured = np.zeros(pages, dtype=bool)
+        """Pages that held a slot when the sums were made that have arrived last: their rows' mass is known, too."""
         self.covered_share = float("nan")
         """Share of the tracked pages' mass that lay on hot rows; NaN until the first sums have arrived."""
         self.decay = 1.0
@@ -72,6 +74,8 @@ class PageHeat:
         old = mass.given[slots] <= sent.total_given
         self.values[mass.slots < 0] *= self.decay
         self.values[pages[old]] = sums[slots[old]]
+        self.measured[:] = False
+        self.measured[pages[old]] = True
         total = float(sums[sent.slots].sum())
         self.covered_share = float(sums[-1]) / total if total > 0 else float("nan")
         return True
@@ -79,23 +83,26 @@ class PageHeat:
     def forget(self, pages: np.ndarray) -> None:
         """Nothing is known of `pages` (int64 [N]) any more: they are freed."""
         self.values[pages] = np.nan
+        self.measured[pages] = False
 
     def move(self, source: int, target: int) -> None:
         """Pages of the same tokens: `target` takes the larger of both, `source` nothing."""
         self.values[target] = np.fmax(self.values[source], self.values[target])
         self.values[source] = np.nan
+        self.measured[[source, target]] = False
 
     def clear(self) -> None:
         """Nothing is known of any page; what is under way is lost."""
         self.values.fill(np.nan)
+        self.measured.fill(False)
         self._sent = None
 
     @staticmethod
     def bytes_per_page() -> int:
         """Bytes of one page's entry."""
-        return 4
+        return 5
 
     @property
     def nbytes(self) -> int:
         """Bytes of all entries."""
-        return self.values.nbytes
+        return self.values.nbytes + self.measured.nbytes

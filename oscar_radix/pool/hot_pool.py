@@ -1,5 +1,6 @@
 """The hot pool: a bounded cache of int8 rows over the 2-bit base."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,8 @@ class HotPool:
         # On a CPU the kernels' tables are the host's; elsewhere they are copies, brought up to date by `sync_tables`.
         self.device_block_table = torch.from_numpy(self.block_table).to(device)
         self.device_levels = torch.from_numpy(self.levels).to(device)
+        self.before_moving_rows: Callable[[np.ndarray], None] = lambda pages: None
+        """Told pages (int64 [N]) whose rows are about to change places within their blocks."""
         self._changed: set[int] = set()
         self._acquired: set[int] = set()
         self._free = list(range(blocks - 1, -1, -1))
@@ -116,6 +119,7 @@ class HotPool:
         wrong = pages[(self.levels[pages] <= level) | (level <= 0) | (level % BLOCK_ROWS != 0)]
         if len(wrong):
             raise RuntimeError(f"page {wrong[0]} is at level {self.levels[wrong[0]]}; cannot keep {level} of its rows")
+        self.before_moving_rows(pages)
         if self._acquired.intersection(pages.tolist()):
             self.sync_tables()  # their rows get their numbers
         index, blocks = upload_all([pages, self.block_table[pages]], self.device)

@@ -1,9 +1,12 @@
 """Levels of settled pages by their attention mass: what the `attention` policy decides, done to the hot pool."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.policy.base import LAG, Policy
+from oscar_radix.pool.host_copies import HostCopies
 from oscar_radix.pool.hot_pool import BLOCK_ROWS, PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass_parts import MassParts
 from oscar_radix.pool.pages import PageTable
@@ -22,12 +25,19 @@ when the ends of conversations that are not running ask for more."""
 UNKNOWN_SINK = 40.0
 """Mass of a sink page of which nothing is known yet, in means of the known pages; enough for 8 rows while others hold 2."""
 
+MOST_RAISED = 64
+"""Pages that rise in one decision: each passes whole over the bus, 2.3 MiB at 36 layers of 8 heads of 128."""
+
+WATCHED_SHARE = 8
+"""Part of the mass slots that go, from one decision to the next, to pages that hold few rows or none and have a copy: whether they should
+have more shows only in what their readers look at."""
+
 PAGES_AT_ONCE = 1024
 """Pages whose scores are gathered in one piece: 32 MiB at 32 layers of 8 heads."""
 
 
 class MassLevels:
-    """Lowers pages; nothing here raises one, since there is nowhere to take rows from.
+    """Lowers pages under pressure, and at each decision raises those with copies in the host store that have earned it.
 
     Args:
         table, hot: pages and hot pool.
@@ -35,9 +45,19 @@ class MassLevels:
         policy: says levels.
         interval: forwards from one decision to the next.
         demoted_to: int64 [32], counts pages by the level to which they fell.
+        copies: where rows come back from; without it no page rises.
     """
 
-    def __init__(self, table: PageTable, hot: HotPool, parts: MassParts, policy: Policy, interval: int, demoted_to: np.ndarray):
+    def __init__(
+        self,
+        table: PageTable,
+        hot: HotPool,
+        parts: MassParts,
+        policy: Policy,
+        interval: int,
+        demoted_to: np.ndarray,
+        copies: HostCopies | None = None,
+    ):
         if interval <= LAG:
             raise ValueError(f"{interval} forwards between two decisions are too few: the mass of pages takes {LAG} to arrive")
         self.table = table
@@ -46,22 +66,37 @@ class MassLevels:
         self.slack = max(PAGE_BLOCKS, hot.capacity // SLACK_SHARE)
         self.kept = hot.capacity // SETTLED_SHARE
         self.demoted_to = demoted_to
+        self.copies = copies
 
-    def observe(self, now: int) -> None:
-        """Once a forward, before its changes: at fixed counts, sum up what was read and decide by it."""
+    def observe(self, now: int, pages: Callable[[], np.ndarray]) -> None:
+        """Once a forward, before its changes: at fixed counts, sum up what was read and decide by it.
+
+        Args:
+            now: count of the forward.
+            pages: makes a list of the pages that it reads, int64 [N].
+        """
         if now % self.interval == 0:
             self.heat.send(self.hot.row_masks)
         elif now % self.interval == LAG and self.heat.receive():
             self.make_room(self.slack, last_rows=True, kept=self.kept)
+            if self.copies:
+                read = np.unique(pages())
+                self.copies.host.touch(read, now)
+                self._raise(self.copies)
+                self._watch(self.copies, read, now)
 
     def track(self, pages: np.ndarray) -> None:
         """Pages that have become whole get slots; where there are none left, those of the coldest settled pages, fewest rows first."""
         missing = np.count_nonzero(self.mass.slots[pages] < 0) - self.mass.free_slots
         if missing > 0:
             holders = np.flatnonzero((self.mass.slots >= 0) & (self.hot.levels < PAGE_TOKENS))
-            order = np.lexsort((holders, self._known(holders), self.hot.levels[holders] > BLOCK_ROWS))
+            order = np.lexsort((holders, self._known(holders), np.minimum(self.hot.levels[holders], BLOCK_ROWS + 1)))
             self.mass.drop(holders[order[:missing]])
         self.mass.track(pages)
+
+    def forget_cold(self, pages: np.ndarray) -> None:
+        """Those of `pages` (int64 [N]) that hold no rows can get none any more: nothing is to be known of them."""
+        self.mass.drop(pages[self.hot.levels[pages] == 0])
 
     def settle(self, pages: np.ndarray) -> None:
         """Whole pages (int64 [N]) that need not be whole: at the highest level while there is room, else all partial pages compete."""
@@ -116,10 +151,44 @@ class MassLevels:
             if level == 0:
                 for page in group.tolist():
                     self.hot.release(page)
-                self.mass.drop(group)
+                self.mass.drop(group[~self.copies.host.holds(group)] if self.copies else group)
                 continue
             for part in np.split(group, range(PAGES_AT_ONCE, len(group), PAGES_AT_ONCE)):
                 self.hot.shrink_pages(part, level, self.mass.row_scores(part))
+
+    def _raise(self, copies: HostCopies) -> None:
+        """Pages with copies compete for rows with all that hold some; the budget is what they hold and what is free beyond the slack."""
+        hot, highest = self.hot, self.policy.settle(np.zeros(0, dtype=np.int64))
+        known = (self.mass.slots >= 0) & self.heat.measured & (self.heat.values > 0)
+        able = np.flatnonzero(known & (copies.host.slots >= 0) & (hot.levels < highest))
+        able = able[np.argsort(-self.heat.values[able], kind="stable")[:MOST_RAISED]]
+        if not len(able):
+            return
+        pages = np.union1d(self._partial(), able)
+        held = hot.levels[pages].astype(np.int64)
+        reach = np.where(np.isin(pages, able), highest, held)
+        blocks = int(held.sum()) // BLOCK_ROWS + max(0, hot.free_blocks - self.slack)
+        levels = self.policy.levels(held, self._mass(pages), blocks, reach=reach)
+        falling, rising = levels < held, levels > held
+        self.lower(pages[falling], levels[falling])
+        self._lift(copies, pages[rising], levels[rising])
+
+    def _lift(self, copies: HostCopies, pages: np.ndarray, levels: np.ndarray) -> None:
+        """Bring pages up to levels (int64 [N] each), the hottest first: whole from the host store, then down to their level."""
+        order = np.argsort(-self.heat.values[pages], kind="stable")
+        pages, levels = pages[order], levels[order]
+        for level in np.unique(levels).tolist():
+            left = pages[levels == level]
+            while len(left) and len(raised := copies.raise_pages(left, level)):
+                self.hot.shrink_pages(raised, level, self.mass.row_scores(raised))
+                left = left[len(raised) :]
+
+    def _watch(self, copies: HostCopies, read: np.ndarray, now: int) -> None:
+        """Slots for some of the pages that are read (int64 [N], distinct), have copies and are not watched, in turns."""
+        able = read[(self.mass.slots[read] < 0) & copies.host.holds(read) & (self.hot.levels[read] < PAGE_TOKENS)]
+        chosen = copies.least_watched(able, self.mass.capacity // WATCHED_SHARE, now)
+        if len(chosen):
+            self.track(chosen)
 
     def _partial(self) -> np.ndarray:
         return np.flatnonzero((self.hot.levels > 0) & (self.hot.levels < PAGE_TOKENS))

@@ -42,16 +42,16 @@ class MassParts:
         """Bytes of all of them."""
         return self.table.nbytes + self.heat.nbytes + (self.storage.nbytes if self.storage else 0)
 
-    def check_integrity(self, levels: np.ndarray) -> None:
-        """Every slot is free or one page's, and that page holds hot rows.
+    def check_integrity(self, watchable: np.ndarray) -> None:
+        """Every slot is free or one page's, and that page holds hot rows, or has a copy that it can get some from.
 
         Args:
-            levels: uint8 [pages].
+            watchable: bool [pages].
 
         Raises:
             RuntimeError: naming the first slots or the first page for which it is not so.
         """
         self.table.check_integrity()
-        cold = np.flatnonzero((self.table.slots >= 0) & (levels == 0))
+        cold = np.flatnonzero((self.table.slots >= 0) & ~watchable)
         if len(cold):
             raise RuntimeError(f"{len(cold)} pages without hot rows hold mass slots; first: page {cold[0]}")

@@ -99,6 +99,12 @@ class DecodeStep:
     rows: np.ndarray
     lengths: np.ndarray
 
+    def pages(self) -> np.ndarray:
+        """Pages of all requests, one after another: int64."""
+        counts = -(-self.lengths // PAGE_TOKENS)
+        columns = np.arange(counts.max(initial=0))
+        return self.requests.pages[self.rows, : len(columns)][columns < counts[:, None]]
+
     def sequences(self) -> list[Sequence]:
         """The same as sequences, in batch order."""
         return [

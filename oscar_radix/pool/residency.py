@@ -1,11 +1,14 @@
 """Which pages hold hot rows: decided on the host once a forward, before its kernels run."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import Policy
 from oscar_radix.pool.decode_marks import DecodeMarks
+from oscar_radix.pool.host_copies import HostCopies
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass_levels import MassLevels, MassParts
 from oscar_radix.pool.pages import PageTable
@@ -27,6 +30,7 @@ class Residency:
         recent_tokens: W.
         mass: attention mass of pages, for a policy that goes by it.
         interval: forwards between two decisions of such a policy.
+        copies: copies of pages in host memory, if there are any.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Residency:
         recent_tokens: int,
         mass: MassParts | None = None,
         interval: int = 32,
+        copies: HostCopies | None = None,
     ):
         self.geometry = geometry
         self.table = table
@@ -48,7 +53,8 @@ class Residency:
         self.now = 0
         self.demoted_to = np.zeros(PAGE_TOKENS, dtype=np.int64)
         """Pages that fell to each level, by the level."""
-        self.by_mass = MassLevels(table, hot, mass, policy, interval, self.demoted_to) if mass else None
+        self.copies = copies
+        self.by_mass = MassLevels(table, hot, mass, policy, interval, self.demoted_to, copies) if mass else None
         self.sealed_without_hot_rows = 0
         self._acquired: list[int] = []
 
@@ -58,18 +64,19 @@ class Residency:
         Raises:
             RuntimeError: when not even the partial last pages of the sequences fit; the pool is sized so that they do.
         """
-        self._begin()
+        self._begin(lambda: np.concatenate([sequence.pages for sequence in sequences]))
         self.marks.forget()
-        self._mark(sequences)
+        starting = self._mark(sequences)
         self._settle()
         victims = self._victims()
         for sequence in sequences:
             self._fill(sequence.pages[sequence.seq_len // PAGE_TOKENS :], victims, len(sequences))
+        if self.copies:
+            self._restore(self.copies, starting, victims)
         for sequence in sequences:
             self._complete(self._by_need(sequence.completed), victims)
         # Only now: a page whose record is not written yet must not be anybody's victim.
-        for sequence in sequences:
-            self.table.sealed[sequence.completed] = True
+        self._seal(np.concatenate([sequence.completed for sequence in sequences]))
         self._end()
 
     def prepare_decode(self, step: DecodeStep) -> None:
@@ -78,23 +85,34 @@ class Residency:
         Raises:
             RuntimeError: as `prepare`.
         """
-        self._begin()
+        self._begin(step.pages)
         self._settle(self.marks.mark(step, self.now))
         victims = self._victims()
         newest = step.requests.pages[step.rows, (step.lengths - 1) // PAGE_TOKENS]
         full = step.lengths % PAGE_TOKENS == 0
         self._fill(newest[~full], victims, len(newest))
         self._complete(newest[full], victims)
-        self.table.sealed[newest[full]] = True
+        self._seal(newest[full])
         self._end()
 
-    def _begin(self) -> None:
+    def _begin(self, pages: Callable[[], np.ndarray]) -> None:
+        """`pages` makes a list of all pages of this forward."""
         self.now += 1
+        uncopied = self.copies.begin(self.now) if self.copies else ()
         if self.by_mass:
-            self.by_mass.observe(self.now)
+            if len(uncopied):
+                self.by_mass.forget_cold(uncopied)
+            self.by_mass.observe(self.now, pages)
+
+    def _seal(self, pages: np.ndarray) -> None:
+        self.table.sealed[pages] = True
+        if self.copies:
+            self.copies.sealed(pages)
 
     def _end(self) -> None:
         self.hot.sync_tables()
+        if self.copies:
+            self.copies.end()
         if self.by_mass and self._acquired:
             self.by_mass.track(np.array(self._acquired, dtype=np.int64))
         self._acquired.clear()
@@ -117,8 +135,19 @@ class Residency:
             if not self._acquire(page, victims, SINK if self.table.window[page] else lowest):
                 self.sealed_without_hot_rows += 1
 
-    def _mark(self, sequences: list[Sequence]) -> None:
-        table = self.table
+    def _restore(self, copies: HostCopies, sequences: list[Sequence], victims: Victims) -> None:
+        """Sinks and windows of sequences that continue from a match come back from the host store, as far as others can make room."""
+        for sequence in sequences:
+            copies.host.touch(sequence.pages, self.now)
+            sinks = sequence.pages[: min(SINK_PAGES, sequence.prefix_len // PAGE_TOKENS)]
+            pages = self._by_need(np.union1d(sinks, sequence.matched_end(self.recent_tokens)))
+            pages = pages[(self.hot.levels[pages] < PAGE_TOKENS) & copies.host.holds(pages)]
+            raised = copies.raise_pages(pages, PAGE_TOKENS, lambda: self._give_way(victims, SINK))
+            self._acquired.extend(raised.tolist())
+
+    def _mark(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Mark the pages of all sequences; returns those that continue from a match."""
+        table, starting = self.table, []
         for sequence in sequences:
             table.position[sequence.pages] = np.arange(len(sequence.pages))
             table.window[sequence.pages] = False
@@ -129,6 +158,7 @@ class Residency:
                 if not table.prefilling[matched[-1]]:
                     table.continuation[matched] = True
                     table.last_use[matched] = self.now
+                    starting.append(sequence)
         for sequence in sequences:
             window = sequence.window(self.recent_tokens)
             table.window[window] = True
@@ -136,12 +166,17 @@ class Residency:
             if not sequence.decode:
                 table.prefilling[sequence.written] = True
                 table.last_use[sequence.written] = self.now
+        return starting
 
     def _settle(self, left: np.ndarray | None = None) -> None:
         """Let the policy have whole pages that nothing needs any more: among `left`, or all there are."""
         table = self.table
         if left is None:
             idle = (self.hot.levels == PAGE_TOKENS) & table.sealed & ~table.window & ~table.continuation & ~table.prefilling
+            if self.copies and (idle & self.copies.busy).any():
+                # A page that is being copied settles in the next forward, which need not wait for it.
+                idle &= ~self.copies.busy
+                self.marks.forget()
             pages = np.flatnonzero(idle)
         else:
             pages = np.unique(left)

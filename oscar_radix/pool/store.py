@@ -11,6 +11,8 @@ from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import LEVELS, Policy
 from oscar_radix.pool.base_records import BaseRecords
 from oscar_radix.pool.heat import PageHeat
+from oscar_radix.pool.host_copies import HostCopies
+from oscar_radix.pool.host_store import HostStore
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool, Rows
 from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.mass_levels import SLOT_BLOCKS
@@ -37,6 +39,7 @@ class KVStore:
         device: where the buffers live.
         policy_interval: forwards between two decisions of a policy that goes by attention mass.
         sampled_queries: room at a fixed place for queries of a sampled forward, for such a policy; 0: each takes its own.
+        host_pages: pages whose int8 rows the host store has room for.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class KVStore:
         device: torch.device | str,
         policy_interval: int = 32,
         sampled_queries: int = 0,
+        host_pages: int = 0,
     ):
         self.geometry = geometry
         self.layout = layout
@@ -64,7 +68,10 @@ class KVStore:
             table = MassTable(geometry, pages + 1, max(1, hot_blocks // SLOT_BLOCKS), device)
             storage = SampleStorage.empty(geometry, sampled_queries, device) if sampled_queries else None
             self.mass = MassParts(table, PageHeat(table, pages + 1), storage)
-        self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens, self.mass, policy_interval)
+        self.copies: HostCopies | None = None
+        if host_pages:
+            self.copies = HostCopies(self.table, self.hot, HostStore(self.hot, geometry, pages + 1, host_pages))
+        self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens, self.mass, policy_interval, self.copies)
         self.codec: Codec | None = None
         self.adopted = 0
         """Pages of the tree that became whole again by rows of a duplicate."""
@@ -98,12 +105,16 @@ class KVStore:
         self.table.forget(pages)
         if self.mass:
             self.mass.forget(pages)
+        if self.copies:
+            self.copies.host.forget(pages)
 
     def clear(self) -> None:
         """All pages to the free list, all hot blocks too."""
         self.hot.clear()
         if self.mass:
             self.mass.clear()
+        if self.copies:
+            self.copies.host.clear()
         self.requests.clear()
         self.residency.marks.forget()
         self.table.owner.fill(Owner.FREE)
@@ -130,6 +141,8 @@ class KVStore:
             self.table.last_use[original] = self.table.last_use[duplicate]
         if wanted.any():
             self.residency.marks.forget()
+        if self.copies:
+            self.copies.take_over(duplicates, originals)
         self.adopted += int(wanted.sum())
         return int(wanted.sum())
 
@@ -145,6 +158,7 @@ class KVStore:
         for end in ends:
             wanted[max(0, end - recent_pages) : end] = True
         self.table.continuation[pages] = wanted & (self.is_whole(pages) | self.table.continuation[pages])
+        self.touch(pages)
         window = pages[-recent_pages:]
         self.table.last_use[window[self.is_whole(window)]] = self.residency.now
         self.residency.marks.forget()
@@ -161,6 +175,16 @@ class KVStore:
     def is_whole(self, pages: np.ndarray) -> np.ndarray:
         """bool [N]: the page's 32 tokens are all at int8."""
         return self.hot.levels[pages] == PAGE_TOKENS
+
+    def can_be_whole(self, pages: np.ndarray) -> np.ndarray:
+        """bool [N]: the page's 32 tokens are all at int8, or can be again by a copy in host memory."""
+        whole = self.is_whole(pages)
+        return whole | self.copies.host.holds(pages) if self.copies else whole
+
+    def touch(self, pages: np.ndarray) -> None:
+        """A reader wants these pages (int64 [N]): their copies in host memory are worth keeping."""
+        if self.copies:
+            self.copies.host.touch(pages, self.residency.now)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -236,6 +260,10 @@ class KVStore:
         free = self.table.owner == Owner.FREE
         if (self.hot.levels[free] > 0).any():
             raise RuntimeError(f"{int((self.hot.levels[free] > 0).sum())} free pages hold hot rows")
+        if self.copies:
+            self.copies.host.check_integrity()
+            if (copied := self.copies.host.slots[free] >= 0).any():
+                raise RuntimeError(f"{int(copied.sum())} free pages have copies in host memory")
         tree = self.table.owner == Owner.TREE
         if not self.table.sealed[tree].all():
             raise RuntimeError(f"{int((~self.table.sealed[tree]).sum())} pages of the tree are not sealed")
@@ -243,7 +271,7 @@ class KVStore:
         if (self.hot.levels[fresh] % PAGE_TOKENS).any():
             raise RuntimeError("a fresh page holds part of its int8 rows")
         if self.mass:
-            self.mass.check_integrity(self.hot.levels)
+            self.mass.check_integrity(self.can_be_whole(np.arange(self.table.count)) | (self.hot.levels > 0))
         used = sum(entry["bytes"] for entry in self.usage_by_level().values())
         owned = int((self.table.owner != Owner.FREE).sum())
         blocks = self.hot.capacity - self.hot.free_blocks

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +193,12 @@ def test_cuda_needs_a_recipe_with_kernels():
         refuse_device("cuda", "oscar")
     refuse_device("cuda", DEFAULT_RECIPE)
     refuse_device("cpu", "oscar")
+
+
+def test_a_host_store_must_fit_the_machine():
+    """An exbibyte."""
+    said = refusal(*OSCAR, "--oscar-host-gib", "1e9")
+    assert re.search(r"--oscar-host-gib 1e\+09: this machine has \d+\.\d GiB of memory available; ask for less", said)
 
 
 # --kv-quant none -----------------------------------------------------------------------------------------------------

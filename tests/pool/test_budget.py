@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oscar_radix.budget import LARGEST_HOT_SHARE, PoolSizes, split_budget
+from oscar_radix.budget import LARGEST_HOT_SHARE, PoolSizes, host_pages, split_budget
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES, get_recipe
 from oscar_radix.codec.parameters import parameter_bytes
 from oscar_radix.config import OscarConfig
@@ -14,6 +14,7 @@ from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy import POLICIES
 from oscar_radix.pool.base_records import BaseRecords
 from oscar_radix.pool.heat import PageHeat
+from oscar_radix.pool.host_store import HostStore
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
 from oscar_radix.pool.mass import MassTable
 from oscar_radix.pool.pages import PageTable
@@ -147,3 +148,20 @@ def test_sampled_queries_take_from_the_pages_where_decode_steps_are_graphs():
     assert graphs.sampled_queries == SampleStorage.queries_for(geometry, 2**30)
     assert graphs.hot_blocks == plain.hot_blocks
     assert graphs.pages < plain.pages
+
+
+# Host memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_host_pages_share_what_the_ranks_of_a_machine_may_take():
+    page = HostStore.page_bytes(SMALL)
+    assert host_pages(0, 1, SMALL, 1000, 10) == 0
+    assert host_pages(100 * page / 2**30, 1, SMALL, 1000, 10) == 100
+    assert host_pages(100 * page / 2**30, 4, SMALL, 1000, 10) == 25
+    assert host_pages(100 * page / 2**30, 1, SMALL, 60, 10) == 60, "there are no more pages"
+
+
+def test_host_memory_too_small_for_a_window_is_refused():
+    page = HostStore.page_bytes(SMALL)
+    with pytest.raises(ValueError, match=r"holds 9 pages on each of 2 ranks, .* one reader are 10: give it 0\.0\d\d GiB or more, or 0"):
+        host_pages(18 * page / 2**30, 2, SMALL, 1000, 10)

@@ -79,7 +79,7 @@ def test_allocated_bytes_are_the_tensors(store):
 def test_the_mass_table_is_counted():
     store = make_store(pages=10, hot_pages=8, policy="attention")
     table, heat = store.mass.table, store.mass.heat
-    tensors = (table.values, table.visits, table.given, table.slots, heat.values)
+    tensors = (table.values, table.visits, table.given, table.slots, heat.values, heat.measured)
     assert store.allocated_bytes["mass"] == sum(tensor.nbytes for tensor in tensors)
     assert table.capacity == 8 * PAGE_BLOCKS // 4
     without = make_store(pages=10, hot_pages=8)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.servers import SglangServer
+from oscar_radix.geometry import PAGE_TOKENS
 from tests.serving import quality
-from tests.serving.client import OSCAR_ARGS, flush, serve, settled
+from tests.serving.client import OSCAR_ARGS, WINDOW, cached, computed, flush, pages, piece, serve, settled
 from tests.serving.workload import converse
 
 PARTS = 3
@@ -16,8 +17,9 @@ PARTS = 3
 
 @pytest.fixture(scope="module")
 def attention(logs) -> Iterator[SglangServer]:
-    """Our server under the policy, deciding every 16 forwards, so that there are decisions in a short test."""
-    with serve("attention", [*OSCAR_ARGS, "--oscar-policy", "attention", "--oscar-policy-interval", "16"], logs) as server:
+    """Our server under the policy, deciding every 16 forwards, so that there are decisions in a short test; with copies in host memory."""
+    flags = ("--oscar-policy", "attention", "--oscar-policy-interval", "16", "--oscar-host-gib", "0.06")
+    with serve("attention", [*OSCAR_ARGS, *flags], logs) as server:
         yield server
 
 
@@ -33,6 +35,21 @@ def test_conversations_leave_everything_in_order(attention, logs):
     assert sum(report["levels"][level]["tokens"] for level in ("2", "4", "8")) > 0
     assert report["demotions_by_level"]["8"] > 0
     assert 0.5 < report["mass"]["covered_share"] <= 1
+    assert report["host_store"]["bytes"] <= 0.06 * 2**30
+    assert report["host_store"]["pages_copied"] > 0
+    assert report["promotions_by_source"]["host"] > 0
+
+
+def test_a_hit_whose_end_left_the_hot_pool_is_whole_again(attention):
+    """What test_hits.test_starved_hot_pool_costs_the_recent_window_at_most loses without copies."""
+    flush(attention)
+    talk = piece(400, seed=40)
+    talk = talk + attention.generate(talk, 60, ignore_eos=True)["output_ids"]
+    for agent in range(9):  # their last windows alone ask for more than the hot pool has
+        attention.generate(piece(WINDOW + 40, seed=200 + agent), 1)
+    before = attention.kv_quant()["promotions_by_level"]["32"]
+    assert cached(attention.generate(talk + piece(50, seed=41), 1)) == pages(computed(len(talk)))
+    assert settled(attention)["promotions_by_level"]["32"] - before >= WINDOW // PAGE_TOKENS
 
 
 def test_a_hit_is_nearer_to_bf16_than_under_policy_none(stock, running, attention, logs):
