@@ -18,7 +18,13 @@ demo: setup
 lint: setup
 	@$(VENV) -m ruff check .
 
+# Two sets of servers beside each other, a core each, and then everything else beside the second set: each output is printed at the end.
+SERVERS := tests/serving
+FIRST := $(patsubst %,$(SERVERS)/test_%.py,attention_policy quality stock fold_values)
+
 test: lint
-	@# Starting servers leaves a core idle for most of the time: the other tests run beside them, and are printed afterwards.
-	@OMP_NUM_THREADS=1 $(VENV) -m pytest --ignore tests/serving >build/tests.log 2>&1 & others=$$!; \
-	$(VENV) -m pytest tests/serving; servers=$$?; wait $$others; others=$$?; cat build/tests.log; exit $$((servers || others))
+	@export OMP_NUM_THREADS=1; \
+	$(VENV) -m pytest $(FIRST) >build/first.log 2>&1 & first=$$!; \
+	{ $(VENV) -m pytest $(SERVERS) $(addprefix --ignore=,$(FIRST)); servers=$$?; \
+	$(VENV) -m pytest --ignore=$(SERVERS); others=$$?; wait $$first; first=$$?; cat build/first.log; \
+	exit $$((first || servers || others)); }

@@ -3,7 +3,7 @@
     python -m benchmarks.policy_cost --model-path M --load-format dummy [--requests 10,60] [--json OUT] [-- SERVER ARGS]
 
 Two things differ between policies. The int8 rows that they keep are read by every step, which is what precision costs. And `attention`
-does work of its own: every 32nd decode step adds up attention mass, every 32nd forward sums it, and levels are decided by it. That work
+does work of its own: every 64th decode step adds up attention mass, every 64th forward sums it, and levels are decided by it. That work
 comes in single steps, so it shows as the mean time of a step over the median one; the same excess under policy `none`, which has no such
 steps, is the client's and the scheduler's. Target for the work: 1.5 % of the throughput.
 """

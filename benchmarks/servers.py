@@ -63,6 +63,7 @@ class SglangServer:
         progress: called with one line now and then while the server starts; None for silence.
         base_args: flags before `extra_args`; none for a server on a GPU.
         environment: variables set on top of the caller's environment.
+        stop_grace_s: what the server has for an orderly end before it is killed.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class SglangServer:
         progress: Callable[[str], None] | None = print,
         base_args: Iterable[str] = CPU_ARGS,
         environment: Mapping[str, str] = CPU_ENVIRONMENT,
+        stop_grace_s: float = STOP_GRACE_S,
     ) -> None:
         self.model = str(model)
         self.arguments = [str(argument) for argument in (*base_args, *extra_args)]
@@ -87,6 +89,7 @@ class SglangServer:
         self.name = name
         self.threads = threads
         self.start_timeout_s = start_timeout_s
+        self.stop_grace_s = stop_grace_s
         self._progress = progress or (lambda line: None)
         self._process: subprocess.Popen | None = None
         self._sessions = threading.local()
@@ -167,7 +170,7 @@ class SglangServer:
         family = _descendants(self._process.pid)
         self._signal_group(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_GRACE_S)
+            self._process.wait(self.stop_grace_s)
         self._signal_group(signal.SIGKILL)
         for process in family:
             if process.is_running():

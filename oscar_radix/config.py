@@ -28,7 +28,7 @@ class OscarConfig:
     recipe: str
     calibration: str | None = None
     policy: str = "none"
-    policy_interval: int = 32
+    policy_interval: int = 64
     recent_tokens: int = 256
     hot_fraction: float = 0.12
     host_gib: float = 0.0

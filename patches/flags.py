@@ -67,8 +67,8 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-policy-interval",
         type=int,
-        default=32,
-        help="Forwards between two decisions of --oscar-policy attention. Default: 32.",
+        default=64,
+        help="Forwards between two decisions of --oscar-policy attention. Default: 64.",
     )
     group.add_argument(
         "--oscar-recent-tokens",

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_c
 
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.patches.host_pages import note_pages, pages_of, read_pages
+from oscar_radix.pool.integrity import check_integrity
 from oscar_radix.pool.store import KVStore
 
 MOST_NODES = 2000
@@ -187,7 +188,7 @@ class OscarRadixCache(RadixCache):
     def check_integrity(self) -> None:
         """Recount owners and bytes against the tree and the allocator's free list."""
         tree = np.concatenate([np.zeros(0, dtype=np.int64), *(read_pages(node.value[::PAGE_TOKENS]) for node in self._nodes())])
-        self.store.check_integrity(self.token_to_kv_pool_allocator.free_page_numbers, tree)
+        check_integrity(self.store, self.token_to_kv_pool_allocator.free_page_numbers, tree)
 
     def _nodes(self) -> list[Any]:
         found, stack = [], list(self.root_node.children.values())

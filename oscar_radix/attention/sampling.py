@@ -7,7 +7,7 @@ from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.pool.store import KVStore
 from oscar_radix.sequence import Sequence
 
-DECODE_INTERVAL = 32
+DECODE_INTERVAL = 64
 """Forwards from one sampled decode step to the next; counted over all forwards, so that every rank samples the same ones."""
 
 PREFILL_QUERIES = 32

@@ -43,8 +43,7 @@ class HostStore:
         self._stream = torch.cuda.Stream(hot.device) if hot.device.type == "cuda" else None
         self._last: torch.cuda.Event | None = None
         if self._stream:
-            # torch's own pinned memory comes in powers of two.
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(self._rows.data_ptr(), self._rows.nbytes, 0)))
+            _pin(self._rows)
 
     # Ownership -------------------------------------------------------------------------------------------------------
 
@@ -180,6 +179,16 @@ class HostStore:
         if (owners != 1).any():
             wrong = np.flatnonzero(owners != 1)
             raise RuntimeError(f"{len(wrong)} of {self.capacity} host slots have {owners[wrong][:4]} owners, not 1; first: {wrong[:4]}")
+
+
+def _pin(rows: torch.Tensor) -> None:
+    """Lock a tensor's memory for transfers. torch's own pinned memory comes in powers of two."""
+    error = int(torch.cuda.cudart().cudaHostRegister(rows.data_ptr(), rows.nbytes, 0))
+    if error:
+        raise RuntimeError(
+            f"{rows.nbytes / 2**30:.1f} GiB of host memory cannot be pinned (CUDA error {error}): lower --oscar-host-gib, or raise the "
+            f"limit on locked memory (ulimit -l)"
+        )
 
 
 def _runs(slots: np.ndarray) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.pool.integrity import check_integrity
 from oscar_radix.pool.pages import Owner
 from oscar_radix.pool.store import KVStore
 from oscar_radix.sequence import Sequence
@@ -84,7 +85,7 @@ class Driver:
     def check(self) -> None:
         owner = self.store.table.owner
         free, tree = (np.flatnonzero(owner[1:] == value) + 1 for value in (Owner.FREE, Owner.TREE))
-        self.store.check_integrity(free, tree)
+        check_integrity(self.store, free, tree)
         hot = self.store.hot
         for page in np.flatnonzero(hot.levels).tolist():
             blocks = torch.from_numpy(hot.block_table[page, : hot.levels[page] // 2].astype(np.int64))

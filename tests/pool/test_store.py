@@ -6,6 +6,7 @@ import pytest
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.pool.base_records import BaseRecords
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
+from oscar_radix.pool.integrity import check_integrity
 from oscar_radix.pool.pages import Owner
 from oscar_radix.pool.store import KVStore
 from tests.attention.test_read import ChoosingPolicy
@@ -32,7 +33,7 @@ def store() -> KVStore:
 
 
 def check(store: KVStore, free: list[int] = (8, 9, 10), tree: list[int] = (1, 2, 3)) -> None:
-    store.check_integrity(np.array(free, dtype=np.int64), np.array(tree, dtype=np.int64))
+    check_integrity(store, np.array(free, dtype=np.int64), np.array(tree, dtype=np.int64))
 
 
 # Accounting ----------------------------------------------------------------------------------------------------------

@@ -62,9 +62,9 @@ def serve(
     before = {key: os.environ.get(key) for key in changed}
     os.environ.update(changed)
     try:
-        where: dict[str, Any] = {"base_args": GPU_ARGS, "threads": None} if on_gpu else {}
+        where: dict[str, Any] = {"base_args": GPU_ARGS, "threads": None} if on_gpu else {"threads": 1}
         where["environment"] = {**({"HF_HUB_OFFLINE": "1"} if on_gpu else CPU_ENVIRONMENT), **(environment or {})}
-        server = SglangServer(prepare(), arguments, log_path=logs / f"{name}.log", name=name, progress=None, **where)
+        server = SglangServer(prepare(), arguments, log_path=logs / f"{name}.log", name=name, progress=None, stop_grace_s=1.0, **where)
         server.__enter__()
     finally:
         for key, value in before.items():

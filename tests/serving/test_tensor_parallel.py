@@ -27,7 +27,7 @@ def test_ranks_answer_like_one_and_decide_alike(logs):
     """Policy `attention`, whose decisions go by the mass of all ranks' heads."""
     if client.on_gpu and torch.cuda.device_count() < RANKS:
         pytest.skip(f"{RANKS} GPUs are needed, there are {torch.cuda.device_count()}")
-    policy = ("--oscar-policy", "attention", "--oscar-policy-interval", "8")
+    policy = ("--oscar-policy", "attention", "--oscar-policy-interval", "8", "--oscar-host-gib", "0.1")
     flags = [*OSCAR_ARGS, *policy, "--tp-size", str(RANKS)]
     reference = json.loads(REFERENCE.read_text())
     parts = [{**part, "forced": part["forced"][:POSITIONS]} for part in reference["parts"][:PARTS]]
@@ -36,6 +36,7 @@ def test_ranks_answer_like_one_and_decide_alike(logs):
         report = settled(server)
     print(f"demotions {report['demotions_by_level']}, mass {report['mass']}")
     assert report["demotions_by_level"]["8"] > 0
+    assert report["host_store"]["pages_copied"] > 0
     assert 0.5 < report["mass"]["covered_share"] <= 1
     assert [answer["cached_tokens"] for answer in answers] == [0, pages(len(parts[0]["prompt"]) - 1)]
     print(check(answers, reference, OWN_CALIBRATION_TOLERANCE, same_hits=False))
