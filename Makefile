@@ -18,13 +18,12 @@ demo: setup
 lint: setup
 	@$(VENV) -m ruff check .
 
-# Two sets of servers beside each other, a core each, and then everything else beside the second set: each output is printed at the end.
+# Two sets of servers beside each other, a core each; everything else follows the shorter set, whose output is printed at the end.
 SERVERS := tests/serving
 FIRST := $(patsubst %,$(SERVERS)/test_%.py,attention_policy quality stock fold_values)
 
 test: lint
 	@export OMP_NUM_THREADS=1; \
-	$(VENV) -m pytest $(FIRST) >build/first.log 2>&1 & first=$$!; \
-	{ $(VENV) -m pytest $(SERVERS) $(addprefix --ignore=,$(FIRST)); servers=$$?; \
-	$(VENV) -m pytest --ignore=$(SERVERS); others=$$?; wait $$first; first=$$?; cat build/first.log; \
-	exit $$((first || servers || others)); }
+	{ $(VENV) -m pytest $(FIRST); first=$$?; $(VENV) -m pytest --ignore=$(SERVERS) && exit $$first; } >build/tests.log 2>&1 & others=$$!; \
+	$(VENV) -m pytest $(SERVERS) $(addprefix --ignore=,$(FIRST)); servers=$$?; \
+	wait $$others; others=$$?; cat build/tests.log; exit $$((servers || others))

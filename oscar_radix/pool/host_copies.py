@@ -27,6 +27,7 @@ class HostCopies:
         """Pages that rose to each level by rows of the host store, by the level."""
         self.busy = np.zeros(table.count, dtype=bool)
         """Pages that are being copied."""
+        self._copying = np.zeros(0, dtype=np.int64)
         self._sealed: list[np.ndarray] = []
         self._watched = np.zeros(table.count, dtype=np.int64)
         hot.before_moving_rows = self.guard
@@ -37,15 +38,14 @@ class HostCopies:
         Returns:
             int64 [N], pages that have lost their copies.
         """
-        self.host.fence()
-        self.busy[:] = False
+        self._wait()
         if not self._sealed:
             return np.zeros(0, dtype=np.int64)
         pages = np.unique(np.concatenate(self._sealed))
         self._sealed.clear()
         table = self.table
         pages = pages[(self.hot.levels[pages] == PAGE_TOKENS) & table.sealed[pages] & (table.owner[pages] != Owner.FREE)]
-        self.busy[pages] = True
+        self.busy[pages], self._copying = True, pages
         return self.host.copy(pages, table.position[pages], now)
 
     def sealed(self, pages: np.ndarray) -> None:
@@ -56,13 +56,17 @@ class HostCopies:
     def guard(self, pages: np.ndarray) -> None:
         """Rows of `pages` (int64 [N]) are about to be moved."""
         if self.busy[pages].any():
-            self.host.fence()
-            self.busy[:] = False
+            self._wait()
 
     def end(self) -> None:
         """After the changes of a forward: blocks that were freed will be written by its kernels."""
-        if (self.hot.levels[self.busy] < PAGE_TOKENS).any():
-            self.host.fence()
+        if (self.hot.levels[self._copying] < PAGE_TOKENS).any():
+            self._wait()
+
+    def _wait(self) -> None:
+        self.host.fence()
+        self.busy[self._copying] = False
+        self._copying = self._copying[:0]
 
     def take_over(self, duplicates: np.ndarray, originals: np.ndarray) -> None:
         """Copies of `duplicates` are as good for `originals` (int64 [N] each, page by page the same tokens), also those not made yet."""

@@ -16,7 +16,9 @@ GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.
 
 @pytest.fixture(params=["meta", GPU])
 def server(request) -> Iterator[MiniServer]:
-    yield MiniServer(make_store(pages=40, hot_pages=20, policy="none", recent_tokens=64, geometry=TINY, device=request.param))
+    host_pages = 0 if request.param == "meta" else 30  # copies need data
+    store = make_store(pages=40, hot_pages=20, policy="none", recent_tokens=64, geometry=TINY, device=request.param, host_pages=host_pages)
+    yield MiniServer(store)
     if request.param == "cuda":
         torch.cuda.set_sync_debug_mode("default")
 
@@ -49,8 +51,9 @@ def test_a_decode_step(server):
 
 @pytest.mark.parametrize("device", [GPU])
 def test_decisions_by_attention_mass(device):
-    """Sums of mass come to the host without a wait; decisions, settling and lowering by them, too."""
-    store = make_store(pages=60, hot_pages=20, policy="attention", recent_tokens=64, geometry=TINY, device=device, policy_interval=8)
+    """Sums of mass come to the host without a wait; decisions, settling and lowering by them, copies and their return, too."""
+    sizes = {"pages": 60, "hot_pages": 20, "recent_tokens": 64, "policy_interval": 8, "host_pages": 40}
+    store = make_store(policy="attention", geometry=TINY, device=device, **sizes)
     server = MiniServer(store)
     begin(server)
     requests = [server.start(tokens_of([1, 2, 3], tail=tail)) for tail in (3, 30, 31)]
@@ -59,6 +62,7 @@ def test_decisions_by_attention_mass(device):
         server.decode(requests, [step] * 3)
     torch.cuda.set_sync_debug_mode("default")
     assert store.residency.demotions > 0
+    assert store.copies.host.copied > 0
 
 
 def test_a_whole_conversation(server):
