@@ -25,8 +25,8 @@ Pieces = list[tuple[str, bool]]
 """Text in pieces; True: an answer."""
 
 
-def shared_tasks(tokenise: Tokenise, first: list[int], seeds: tuple[int, ...] = (1, 2)) -> list[Shared]:
-    """Prefixes of about 1,500 tokens, each task once a seed. Evaluated readers ask for other lines and sentences than the givers."""
+def shared_tasks(tokenise: Tokenise, first: list[int], seeds: tuple[int, ...] = (1, 2, 3, 4)) -> list[Shared]:
+    """Prefixes of about 1,600 tokens, each task once a seed. Evaluated readers ask for other lines and sentences than the givers."""
     return [make(tokenise, first, seed) for make in (_key_value, _copying) for seed in seeds]
 
 
@@ -61,7 +61,7 @@ def _copying(tokenise: Tokenise, first: list[int], seed: int) -> Shared:
         cue, answer = " ".join(words[:CUE_WORDS]), " ".join(words[CUE_WORDS:])
         return [("Repeat one of the sentences.\n\n", False), (f"Sentence {number}: {cue}", False), (f" {answer}", True), (".\n", False)]
 
-    return _shared(tokenise, first, "copying", seed, (listed, "All of it again.\n\n" + listed * 2), [reader(1 + i) for i in range(GIVERS)],
+    return _shared(tokenise, first, "copying", seed, (listed, "All of it again.\n\n" + listed * 3), [reader(1 + i) for i in range(GIVERS)],
                    [reader(half + 1 + i) for i in range(READERS)])
 
 
