@@ -12,7 +12,7 @@ from oscar_radix.config import FOLD_VALUES, OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags, refuse_host_store
 from oscar_radix.patches.targets import problems
-from oscar_radix.policy import POLICIES
+from oscar_radix.policy import HOT_ROWS, POLICIES
 
 logger = logging.getLogger("oscar_radix")
 
@@ -61,14 +61,22 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
         choices=list(POLICIES),
         default="none",
         help="What becomes of int8 rows outside the recent windows: 'none' drops them at once, 'window' keeps whole pages until the pool "
-        "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps up to 8 "
-        "rows a page that attention reads most. Default: none.",
+        "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps up to "
+        "--oscar-hot-rows rows a page that attention reads most. Default: none.",
     )
     group.add_argument(
         "--oscar-policy-interval",
         type=int,
         default=64,
         help="Forwards between two decisions of --oscar-policy attention. Default: 64.",
+    )
+    group.add_argument(
+        "--oscar-hot-rows",
+        type=int,
+        choices=HOT_ROWS,
+        default=8,
+        help="int8 rows that a page keeps at most under --oscar-policy attention: every step reads them, so fewer are faster and more are "
+        "more precise. Default: 8.",
     )
     group.add_argument(
         "--oscar-recent-tokens",
@@ -108,6 +116,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
             calibration=args.oscar_calibration,
             policy=args.oscar_policy,
             policy_interval=args.oscar_policy_interval,
+            hot_rows=args.oscar_hot_rows,
             recent_tokens=args.oscar_recent_tokens,
             hot_fraction=args.oscar_hot_fraction,
             host_gib=args.oscar_host_gib,

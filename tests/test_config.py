@@ -29,6 +29,7 @@ def test_whole_pages_of_recent_window(recent_tokens):
         ("recent_tokens", 31, "--oscar-recent-tokens 31 must be"),
         ("recent_tokens", 100, "--oscar-recent-tokens 100 must be"),
         ("recent_tokens", -32, "--oscar-recent-tokens -32 must be"),
+        ("hot_rows", 3, "--oscar-hot-rows 3 must be one of 2, 4, 8"),
         ("host_gib", -1.0, r"--oscar-host-gib -1\.0 must be 0 or more"),
         ("host_gib", float("nan"), r"--oscar-host-gib nan must be 0 or more"),
         ("hot_fraction", 0.0, r"--oscar-hot-fraction 0\.0 must be above 0 and at most 0\.9"),

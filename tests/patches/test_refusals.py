@@ -161,7 +161,9 @@ def test_help_documents_every_flag(capsys):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
     section = text[text.index("oscar_radix: a radix prefix cache") :]
-    for flag in ("kv-quant", "oscar-recipe", "oscar-calibration", "oscar-policy", "oscar-policy-interval", "oscar-recent-tokens"):
+    flags = [name.replace("_", "-") for name in vars(_namespace()) if name.startswith("oscar_")]
+    assert len(flags) == len(dataclasses.fields(OscarConfig)) - 1, "all but log_interval"
+    for flag in ("kv-quant", *flags):
         assert f"--{flag} " in section
     for default in (DEFAULT_RECIPE, "none", "256", "0.12"):
         assert f"Default: {default}." in section
@@ -174,8 +176,11 @@ def test_every_recipe_can_be_chosen(recipe):
 
 def test_flags_become_the_configuration(model_folder):
     flags = ["--oscar-recipe", "mulm", "--oscar-policy", "attention", "--oscar-recent-tokens", "128", "--oscar-hot-fraction", "0.2"]
-    server_args = parse(*OSCAR, *flags, "--oscar-policy-interval", "50", "--oscar-calibration", "some-file", model=model_folder)
-    expected = OscarConfig("mulm", "some-file", policy="attention", policy_interval=50, recent_tokens=128, hot_fraction=0.2)
+    flags += ["--oscar-policy-interval", "50", "--oscar-calibration", "some-file", "--oscar-hot-rows", "4", "--oscar-host-gib", "0.5"]
+    server_args = parse(*OSCAR, *flags, model=model_folder)
+    expected = OscarConfig(
+        *("mulm", "some-file", "attention"), policy_interval=50, hot_rows=4, recent_tokens=128, hot_fraction=0.2, host_gib=0.5
+    )
     assert config_of(server_args) == expected
     assert server_args.page_size == 32
     assert server_args.radix_cache_backend == "oscar"
