@@ -32,6 +32,9 @@ WATCHED_SHARE = 8
 """Part of the mass slots that go, from one decision to the next, to pages that hold few rows or none and have a copy: whether they should
 have more shows only in what their readers look at."""
 
+SLOTS_AT_ONCE = 64
+"""Part of the mass slots that are taken back at a time, so that not every new page sorts all that hold one."""
+
 PAGES_AT_ONCE = 1024
 """Pages whose scores are gathered in one piece: 32 MiB at 32 layers of 8 heads."""
 
@@ -91,7 +94,7 @@ class MassLevels:
         if missing > 0:
             holders = np.flatnonzero((self.mass.slots >= 0) & (self.hot.levels < PAGE_TOKENS))
             order = np.lexsort((holders, self._known(holders), np.minimum(self.hot.levels[holders], BLOCK_ROWS + 1)))
-            self.mass.drop(holders[order[:missing]])
+            self.mass.drop(holders[order[: max(missing, self.mass.capacity // SLOTS_AT_ONCE)]])
         self.mass.track(pages)
 
     def forget_cold(self, pages: np.ndarray) -> None:

@@ -173,15 +173,15 @@ class Residency:
         table = self.table
         if left is None:
             idle = (self.hot.levels == PAGE_TOKENS) & table.sealed & ~table.window & ~table.continuation & ~table.prefilling
-            if self.copies and (idle & self.copies.busy).any():
-                # A page that is being copied settles in the next forward, which need not wait for it.
-                idle &= ~self.copies.busy
-                self.marks.forget()
             pages = np.flatnonzero(idle)
         else:
             pages = np.unique(left)
             idle = (self.hot.levels[pages] == PAGE_TOKENS) & table.sealed[pages]
             pages = pages[idle & ~table.window[pages] & ~table.continuation[pages] & ~table.prefilling[pages]]
+        if self.copies and (busy := self.copies.busy[pages]).any():
+            # A page that is being copied settles in the next forward, which need not wait for it.
+            pages = pages[~busy]
+            self.marks.forget()
         if not len(pages):
             return
         if self.by_mass:

@@ -17,9 +17,9 @@ COLUMNS = ("owner", "sealed", "window", "continuation", "prefilling", "last_use"
 class Twins:
     """One store gets sequences, the other decode steps; conversations may share their first pages."""
 
-    def __init__(self, hot_pages: int, policy: str, recent_pages: int):
+    def __init__(self, hot_pages: int, policy: str, recent_pages: int, host_pages: int = 0):
         self.by_sequences, self.by_steps = (
-            make_store(200, hot_pages, policy, recent_pages * PAGE_TOKENS, geometry=TINY) for _ in range(2)
+            make_store(200, hot_pages, policy, recent_pages * PAGE_TOKENS, geometry=TINY, host_pages=host_pages) for _ in range(2)
         )
         self.lists: list[np.ndarray] = []
         self.lengths: list[int] = []
@@ -56,6 +56,7 @@ class Twins:
                 self.by_steps.requests.append(np.array([i]), page)
         lengths = np.array([self.lengths[i] for i in chosen])
         step = DecodeStep(self.by_steps.requests, np.array(chosen), lengths)
+        assert step.pages().tolist() == np.concatenate([self.lists[i] for i in chosen]).tolist()
         self.by_sequences.residency.prepare([Sequence(self.lists[i], self.lengths[i] - 1, self.lengths[i], True) for i in chosen])
         self.by_steps.residency.prepare_decode(step)
 
@@ -67,6 +68,8 @@ class Twins:
         assert np.array_equal(one.hot.block_table, two.hot.block_table)
         assert one.residency.demotions == two.residency.demotions
         assert one.residency.sealed_without_hot_rows == two.residency.sealed_without_hot_rows
+        if one.copies:
+            assert np.array_equal(one.copies.host.slots, two.copies.host.slots)
         two.hot.check_integrity()
 
 
@@ -76,9 +79,10 @@ class Twins:
     hot_pages=st.integers(8, 40),
     policy=st.sampled_from(["none", "window", "random", "attention"]),
     recent_pages=st.integers(1, 3),
+    host_pages=st.sampled_from([0, 8, 200]),
 )
-def test_twins_stay_alike(data, hot_pages, policy, recent_pages):
-    twins = Twins(hot_pages, policy, recent_pages)
+def test_twins_stay_alike(data, hot_pages, policy, recent_pages, host_pages):
+    twins = Twins(hot_pages, policy, recent_pages, host_pages)
     twins.begin(np.zeros(0, dtype=np.int64), data.draw(st.integers(1, 300)))
     for _ in range(data.draw(st.integers(1, 12))):
         action = data.draw(st.sampled_from(["begin", "decode", "decode", "decode", "tree", "demote"]))
