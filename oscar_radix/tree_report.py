@@ -36,8 +36,8 @@ def render(tree: dict[str, Any]) -> str:
     """One line a node, children below their parent, most tokens first.
 
     Args:
-        tree: nodes, parents before children, each with id, parent (None at the top), tokens, readers, idle_s, pages by level, mass (None
-            where none is known), and the number of nodes left out.
+        tree: nodes, parents before children, each with id, parent (None at the top), tokens, readers, idle_s, pages by level, copied pages
+            (None without a host store), mass (None where none is known), and the number of nodes left out.
     """
     nodes = tree["nodes"]
     children: dict[Any, list[dict[str, Any]]] = {}
@@ -62,6 +62,7 @@ def _by_size(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _line(node: dict[str, Any], total_mass: float) -> str:
     levels = ", ".join(f"{int(pages) * PAGE_TOKENS:,} at level {level}" for level, pages in node["levels"].items() if pages)
+    copied = f", {node['copied'] * PAGE_TOKENS:,} copied to the host" if node["copied"] else ""
     mass = "" if node["mass"] is None or not total_mass else f", {100 * node['mass'] / total_mass:.1f} % of the attention mass"
     readers = "no reader" if not node["readers"] else f"{node['readers']} reader{'s' if node['readers'] > 1 else ''}"
-    return f"node {node['id']}: {node['tokens']:,} tokens ({levels}), {readers}, idle {node['idle_s']:.0f} s{mass}"
+    return f"node {node['id']}: {node['tokens']:,} tokens ({levels}{copied}), {readers}, idle {node['idle_s']:.0f} s{mass}"

@@ -12,11 +12,12 @@ from oscar_radix.tree_report import render
 
 def node(number, parent, tokens, **other):
     levels = {"0": tokens // 32 - 1, "2": 0, "4": 0, "8": 0, "32": 1}
-    return {"id": number, "parent": parent, "tokens": tokens, "readers": 0, "idle_s": 1.5, "levels": levels, "mass": None, **other}
+    about = {"id": number, "parent": parent, "tokens": tokens, "readers": 0, "idle_s": 1.5}
+    return {**about, "levels": levels, "copied": None, "mass": None, **other}
 
 
 TREE = {
-    "nodes": [node(3, None, 128, readers=2, mass=3.0), node(9, 3, 32, mass=1.0), node(4, 3, 64, readers=1), node(7, None, 1024)],
+    "nodes": [node(3, None, 128, readers=2, mass=3.0), node(9, 3, 32, mass=1.0), node(4, 3, 64, readers=1, copied=2), node(7, None, 1024)],
     "left_out": 5,
 }
 
@@ -47,7 +48,7 @@ def test_lines():
     assert lines[0] == "1,248 tokens in 4 nodes, 5 nodes that were idle longest are left out"
     assert [line.split(":")[0] for line in lines[1:]] == ["node 7", "node 3", "  node 4", "  node 9"]
     assert lines[2] == "node 3: 128 tokens (96 at level 0, 32 at level 32), 2 readers, idle 2 s, 75.0 % of the attention mass"
-    assert lines[3] == "  node 4: 64 tokens (32 at level 0, 32 at level 32), 1 reader, idle 2 s"
+    assert lines[3] == "  node 4: 64 tokens (32 at level 0, 32 at level 32, 64 copied to the host), 1 reader, idle 2 s"
 
 
 def test_empty_tree():

@@ -232,9 +232,11 @@ class KVStore:
         return usage
 
     def describe_pages(self, pages: np.ndarray) -> dict[str, Any]:
-        """Of pages int64 [N]: how many are at each level, and their attention mass as of the last decision, None where none is known."""
+        """Of pages int64 [N]: how many are at each level, how many have copies in host memory (None without such), and their attention mass
+        as of the last decision, None where none is known."""
         counts = np.bincount(self.hot.levels[pages], minlength=LEVELS[-1] + 1)
         levels = {str(level): int(counts[level]) for level in LEVELS}
         known = self.mass.heat.values[pages] if self.mass else np.zeros(0, dtype=np.float32)
         known = known[~np.isnan(known)]
-        return {"levels": levels, "mass": float(known.sum()) if len(known) else None}
+        copied = int(self.copies.host.holds(pages).sum()) if self.copies else None
+        return {"levels": levels, "copied": copied, "mass": float(known.sum()) if len(known) else None}

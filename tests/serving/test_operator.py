@@ -66,7 +66,7 @@ def test_tree_of_a_running_server(ours, capsys):
     pages_at = {level: sum(node["levels"][level] for node in tree["nodes"]) for level in tree["nodes"][0]["levels"]}
     usage = ours.kv_quant()["levels"]
     assert {level: 32 * count for level, count in pages_at.items()} == {level: usage[level]["tokens"] for level in pages_at}
-    assert all(node["readers"] == 0 and node["mass"] is None for node in tree["nodes"])
+    assert all(node["readers"] == 0 and node["mass"] is node["copied"] is None for node in tree["nodes"])
     assert main(["tree", "--url", ours.url]) == 0
     assert capsys.readouterr().out.startswith(f"512 tokens in {len(by_id)} nodes")
 
