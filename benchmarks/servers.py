@@ -30,6 +30,9 @@ DIE_WITH_PARENT = (
 )
 """Runs Python with the given arguments so that the kernel ends it when the process that asked for it is gone, even by SIGKILL (Linux)."""
 
+FAILURES = ("Traceback (most recent call last)", "Fatal Python error", "terminate called")
+"""What is in the first lines that say why a process ended."""
+
 STOP_GRACE_S = 10.0
 HEARTBEAT_S = 10.0
 
@@ -228,7 +231,14 @@ class SglangServer:
         return response
 
     def _log_hint(self) -> str:
-        return f"Last lines of {self.log_path}:\n{self.log_tail()}"
+        first = self._first_failure()
+        return f"{first}Last lines of {self.log_path}:\n{self.log_tail()}"
+
+    def _first_failure(self, lines: int = 40) -> str:
+        """What the log has from the first traceback or crash on: other processes of the server fail later, because of that one."""
+        text = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        starts = [i for i, line in enumerate(text) if any(sign in line for sign in FAILURES)]
+        return "\n".join(["First failure:", *text[starts[0] : starts[0] + lines], ""]) if starts else ""
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

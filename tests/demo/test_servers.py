@@ -43,6 +43,13 @@ def test_a_server_that_dies_shows_the_end_of_its_log(script, tmp_path):
         pass
 
 
+def test_a_server_that_dies_shows_the_first_failure(script, tmp_path):
+    script("print('[09:00] rank 1: Traceback (most recent call last):\\nthe cause'); print('consequence\\n' * 50); sys.exit(3)")
+    server = SglangServer("m", log_path=tmp_path / "log", progress=None)
+    with pytest.raises(ServerError, match=r"First failure:\n\[09:00\] rank 1: Traceback.*\nthe cause\n"):
+        server.__enter__()
+
+
 def test_a_server_that_never_answers_is_ended_with_its_children(script, tmp_path):
     # The child ignores SIGTERM and leaves the process group, as a stubborn worker would.
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
