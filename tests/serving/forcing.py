@@ -18,14 +18,17 @@ class ForcedTokens(CustomLogitProcessor):
 
     def __call__(self, logits: torch.Tensor, custom_param_list: list[dict] | None = None) -> torch.Tensor:
         log_p = torch.log_softmax(logits.float(), dim=-1)
+        # Other tensor-parallel ranks may come here when the first one has answered and the file is gone.
+        writes = torch.distributed.get_rank() == 0
         for row, params in enumerate(custom_param_list):
             step = len(params["__req__"].output_ids)
             forced = params["ids"][step]
             kept = (log_p[row] if params["whole"] else log_p[row, forced : forced + 1]).cpu().numpy().tobytes()
             # SGLang samples after every chunk of a prompt; only the last of a step's rows counts.
-            with Path(params["file"]).open("r+b") as file:
-                file.seek(step * len(kept))
-                file.write(kept)
+            if writes:
+                with Path(params["file"]).open("r+b") as file:
+                    file.seek(step * len(kept))
+                    file.write(kept)
             logits[row] = -torch.inf
             logits[row, forced] = 0.0
         return logits
