@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     version = info["version"]
     bf16_summary = report.server_summary(bf16, info, bytes_per_token)
 
-    with _server(model, "oscar", args, ["--kv-quant", "oscar"], say) as server:
+    with _server(model, "oscar", args, ["--kv-quant", "oscar", *args.oscar_args], say) as server:
         oscar = replay(server, tokenizer, **workload, watch=server.kv_quant)
         kv_quant = oscar.rounds[-1]
         oscar_summary = report.server_summary(oscar, server.server_info(), kv_quant["bytes_per_token"])
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--concurrency", type=int, default=3, help="requests in flight (%(default)s)")
     parser.add_argument("--continuation", type=int, default=64, help="predictions compared after every prefix hit (%(default)s)")
     parser.add_argument("--port", type=int, help="port of the servers; a free one if left out")
+    parser.add_argument("oscar_args", nargs="*", metavar="-- OSCAR ARGS", help="further flags of the second server")
     return parser
 
 

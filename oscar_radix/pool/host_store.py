@@ -9,8 +9,8 @@ from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.pool.hot_pool import BLOCK_ROWS, PAGE_BLOCKS, HotPool
 from oscar_radix.pool.upload import upload
 
-PAGES_AT_ONCE = 16
-"""Pages that pass through device memory in one piece: 36 MiB at 36 layers of 8 heads of 128."""
+PAGES_AT_ONCE = 8
+"""Pages that pass through device memory in one piece: 18 MiB at 36 layers of 8 heads of 128, and three times that on the way out."""
 
 
 class HostStore:
