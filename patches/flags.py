@@ -124,7 +124,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
         )
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_device(device, config.recipe)
-        refuse_host_store(config.host_gib)
+        refuse_host_store(config.host_gib, used=POLICIES[config.policy].by_mass or not args.disable_radix_cache)
         refuse_flags(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from (None if isinstance(error, Refused) else error)

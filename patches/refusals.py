@@ -117,8 +117,18 @@ def refuse_device(device: str, recipe: str) -> None:
         )
 
 
-def refuse_host_store(host_gib: float) -> None:
-    """Raise Refused when this machine has not that much memory left."""
+def refuse_host_store(host_gib: float, used: bool) -> None:
+    """Raise Refused when this machine has not that much memory left, or nothing would ever come back from there.
+
+    Args:
+        host_gib: asked for.
+        used: there is a radix cache, or a policy that raises pages.
+    """
+    if host_gib and not used:
+        raise Refused(
+            f"--oscar-host-gib {host_gib:g} with --disable-radix-cache: no reader continues from a cached prefix, so copies would never be "
+            f"read; drop one of the two, or use --oscar-policy attention"
+        )
     available = psutil.virtual_memory().available / 2**30
     if host_gib > available:
         raise Refused(f"--oscar-host-gib {host_gib:g}: this machine has {available:.1f} GiB of memory available; ask for less")

@@ -200,8 +200,9 @@ def test_cuda_needs_a_recipe_with_kernels():
     refuse_device("cpu", "oscar")
 
 
-def test_a_host_store_must_fit_the_machine():
+def test_a_host_store_must_fit_the_machine_and_be_of_use():
     """An exbibyte."""
+    assert "copies would never be read" in refusal(*OSCAR, "--oscar-host-gib", "0.1", "--disable-radix-cache")
     said = refusal(*OSCAR, "--oscar-host-gib", "1e9")
     assert re.search(r"--oscar-host-gib 1e\+09: this machine has \d+\.\d GiB of memory available; ask for less", said)
 
