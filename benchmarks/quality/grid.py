@@ -102,12 +102,13 @@ def uniform_cells(windows: tuple[int, ...]) -> list[Cell]:
 
 
 def search_cells(rows: int = 2) -> list[Cell]:
-    """Every score at page granularity, every granularity by mass, budgets by an error-weighted score, plain int4 rows; window 256."""
+    """Every score at page granularity, every granularity by mass, budgets by an error-weighted score, plain int4 rows, one row a page on
+    average where mass says; window 256."""
     default = Cell(policy="attention", rows=rows)
     cells = [default] + [replace(default, score=score) for score in SCORES if score != default.score]
     cells += [replace(default, granularity=granularity) for granularity in GRANULARITIES if granularity != default.granularity]
     cells += [replace(default, granularity=granularity, score="mass x error^2") for granularity in ("layer-budget", "head-budget")]
-    return [*cells, replace(default, row_format="plain4")]
+    return [*cells, replace(default, row_format="plain4"), replace(default, rows=1, granularity="page-budget")]
 
 
 def breadth_cells() -> list[Cell]:
