@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.servers import CPU_ARGS, CPU_ENVIRONMENT, ServerError, SglangServer
-from oscar_radix.policy import HOT_ROWS, POLICIES
+from oscar_radix.policy import POLICIES
 
 OURS = ("--kv-quant", "oscar")
 HOST_GIB = "32"
+HOT_ROWS = ("0.5", "2", "8")
 MODES = {
     "ours": OURS,
     **{policy: (*OURS, "--oscar-policy", policy) for policy in POLICIES},
-    **{f"attention-{rows}": (*OURS, "--oscar-policy", "attention", "--oscar-hot-rows", str(rows)) for rows in HOT_ROWS},
+    **{f"attention-{rows}": (*OURS, "--oscar-policy", "attention", "--oscar-hot-rows", rows) for rows in HOT_ROWS},
     **{f"{policy}-host": (*OURS, "--oscar-policy", policy, "--oscar-host-gib", HOST_GIB) for policy in ("none", "attention")},
     "bf16": ("--attention-backend", "flashinfer", "--disable-prefill-cuda-graph"),
 }
-"""Flags of each kind of server: ours with its defaults, with each policy, with fewer hot rows, with copies in host memory; stock."""
+"""Flags of each kind of server: ours with its defaults, each policy, other numbers of hot rows, copies in host memory; stock."""
 LOGS = Path("build/servers")
 BEGUN = time.monotonic()
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.policy import HOT_ROWS, POLICIES
+from oscar_radix.policy import LEVELS, POLICIES
 from oscar_radix.policy.base import LAG
 
 FOLD_VALUES = ("auto", "off")
@@ -18,7 +18,7 @@ class OscarConfig:
         calibration: calibration file; None means the cached one for this model, made at start-up when there is none.
         policy: what becomes of the hot rows of pages outside every recent window.
         policy_interval: forwards between two decisions of the policy `attention`.
-        hot_rows: int8 rows that a page keeps at most under the policy `attention`, outside every recent window.
+        hot_rows: int8 rows that pages which are read, outside every recent window, keep on average under the policy `attention`.
         recent_tokens: W, the tokens before the end of a sequence that stay at int8.
         hot_fraction: share of the KV byte budget that the hot pool takes.
         host_gib: GiB of this machine's memory for int8 copies of sealed pages, over all its ranks; 0: no copies.
@@ -30,7 +30,7 @@ class OscarConfig:
     calibration: str | None = None
     policy: str = "none"
     policy_interval: int = 64
-    hot_rows: int = 8
+    hot_rows: float = 1.0
     recent_tokens: int = 256
     hot_fraction: float = 0.12
     host_gib: float = 0.0
@@ -42,8 +42,8 @@ class OscarConfig:
             raise ValueError(f"--oscar-policy {self.policy} is unknown; choose from {sorted(POLICIES)}")
         if self.policy_interval <= LAG:
             raise ValueError(f"--oscar-policy-interval {self.policy_interval} must be above {LAG}, the forwards that a decision takes")
-        if self.hot_rows not in HOT_ROWS:
-            raise ValueError(f"--oscar-hot-rows {self.hot_rows} must be one of {', '.join(map(str, HOT_ROWS))}")
+        if not 0.0 < self.hot_rows <= LEVELS[-2]:
+            raise ValueError(f"--oscar-hot-rows {self.hot_rows} must be above 0 and at most {LEVELS[-2]}")
         if self.recent_tokens < PAGE_TOKENS or self.recent_tokens % PAGE_TOKENS:
             raise ValueError(
                 f"--oscar-recent-tokens {self.recent_tokens} must be a multiple of the page size {PAGE_TOKENS} and at least {PAGE_TOKENS}"

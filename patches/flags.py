@@ -12,7 +12,7 @@ from oscar_radix.config import FOLD_VALUES, OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
 from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags, refuse_host_store
 from oscar_radix.patches.targets import problems
-from oscar_radix.policy import HOT_ROWS, POLICIES
+from oscar_radix.policy import POLICIES
 
 logger = logging.getLogger("oscar_radix")
 
@@ -61,8 +61,8 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
         choices=list(POLICIES),
         default="none",
         help="What becomes of int8 rows outside the recent windows: 'none' drops them at once, 'window' keeps whole pages until the pool "
-        "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps up to "
-        "--oscar-hot-rows rows a page that attention reads most. Default: none.",
+        "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps those "
+        "that attention reads most, --oscar-hot-rows a page. Default: none.",
     )
     group.add_argument(
         "--oscar-policy-interval",
@@ -72,11 +72,10 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--oscar-hot-rows",
-        type=int,
-        choices=HOT_ROWS,
-        default=8,
-        help="int8 rows that a page keeps at most under --oscar-policy attention: every step reads them, so fewer are faster and more are "
-        "more precise. Default: 8.",
+        type=float,
+        default=1.0,
+        help="int8 rows that the pages which are read keep on average under --oscar-policy attention, more where attention is and none "
+        "where it is not: every step reads them, so fewer are faster and more are more precise. Default: 1.0.",
     )
     group.add_argument(
         "--oscar-recent-tokens",

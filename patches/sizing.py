@@ -16,7 +16,7 @@ from oscar_radix.patches.flags import config_of
 from oscar_radix.patches.pool import OscarKVPool
 from oscar_radix.patches.refusals import refuse_model
 from oscar_radix.patches.runtime import Runtime, current, install
-from oscar_radix.policy import POLICIES, make_policy
+from oscar_radix.policy import POLICIES
 from oscar_radix.pool.store import KVStore
 from oscar_radix.sequence import SINK_PAGES
 
@@ -73,10 +73,11 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         layout=get_recipe(config.recipe).layout(geometry.head_dim),
         pages=kwargs["sizes"].max_total_num_tokens // PAGE_TOKENS,
         hot_blocks=runtime.sizes.hot_blocks,
-        policy=make_policy(config.policy, config.hot_rows),
+        policy=POLICIES[config.policy](),
         recent_tokens=config.recent_tokens,
         device=self.device,
         policy_interval=config.policy_interval,
+        hot_rows=config.hot_rows,
         sampled_queries=runtime.sizes.sampled_queries,
         host_pages=runtime.sizes.host_pages,
     )

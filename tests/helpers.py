@@ -46,11 +46,13 @@ def make_store(
     device: str = "cpu",
     policy_interval: int = 32,
     host_pages: int = 0,
+    hot_rows: float = 8.0,
 ) -> KVStore:
     """A store with a codec, ready to serve."""
     layout = get_recipe(recipe).layout(geometry.head_dim)
     hot_blocks = hot_pages * PAGE_BLOCKS
-    store = KVStore(geometry, layout, pages, hot_blocks, POLICIES[policy](), recent_tokens, device, policy_interval, host_pages=host_pages)
+    by_mass = {"policy_interval": policy_interval, "hot_rows": hot_rows}
+    store = KVStore(geometry, layout, pages, hot_blocks, POLICIES[policy](), recent_tokens, device, **by_mass, host_pages=host_pages)
     store.codec = make_codec(recipe, geometry, "cpu" if device == "meta" else device)
     return store
 

@@ -10,8 +10,6 @@ STEPS = ((2, 1, 1.0), (4, 1, 0.08), (8, 2, 0.03))
 From the fall of the KL with the number of hot rows a page (.040 without, .0093 with 2, .0067 with 4): a page's third row is worth another
 page's first one only when twelve times the mass lies on its page."""
 
-HOT_ROWS = tuple(level for level, _, _ in STEPS)
-
 HYSTERESIS = 1.5
 """A page that holds its rows already gives them up only for pages with this many times its mass."""
 
@@ -20,20 +18,14 @@ class AttentionPolicy(Policy):
     """Settles pages at the highest level while there is room, and lets those of least mass per byte fall below when there is none.
 
     Which rows of a page stay is the mass table's to say; levels come from `levels`.
-
-    Args:
-        hot_rows: the highest level, one of HOT_ROWS. More rows are more bytes that every step reads.
     """
 
     name = "attention"
     by_mass = True
 
-    def __init__(self, hot_rows: int = HOT_ROWS[-1]):
-        self._steps = STEPS[: HOT_ROWS.index(hot_rows) + 1]
-
     def settle(self, pages: np.ndarray) -> int:
         """Level with room for all."""
-        return self._steps[-1][0]
+        return STEPS[-1][0]
 
     def levels(
         self, held: np.ndarray, mass: np.ndarray, blocks: int, lowest: int | np.ndarray = 0, reach: np.ndarray | None = None
@@ -53,14 +45,14 @@ class AttentionPolicy(Policy):
         """
         known = mass[~np.isnan(mass)]
         mass = np.where(np.isnan(mass), known.mean(dtype=np.float64) if len(known) else 1.0, mass).astype(np.float64)
-        level, cost, worth = (np.array(column) for column in zip(*self._steps, strict=True))
+        level, cost, worth = (np.array(column) for column in zip(*STEPS, strict=True))
         has = level <= held[:, None]
         value = mass[:, None] * worth * np.where(has & (held < 32)[:, None], HYSTERESIS, 1.0)
         value[has & (level <= np.broadcast_to(lowest, len(held))[:, None])] = np.inf
         possible = has if reach is None else has | (level <= reach[:, None])
-        page, step = np.nonzero(possible)
+        step, page = np.nonzero(possible.T)
         value = value[page, step]
-        order = np.lexsort((page, step, -value))
+        order = np.argsort(-value, kind="stable")  # equal values: lower steps first, then lower pages
         # A page's steps are worth less and less, so whatever prefix of the order is taken, no page has a step without those below it.
         spent = np.cumsum(cost[step[order]])
         taken = order[(spent <= blocks) | np.isinf(value[order])]

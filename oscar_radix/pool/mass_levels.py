@@ -40,13 +40,15 @@ PAGES_AT_ONCE = 1024
 
 
 class MassLevels:
-    """Lowers pages under pressure, and at each decision raises those with copies in the host store that have earned it.
+    """Lowers pages under pressure, and at each decision brings those that are read to the levels that they have earned: down, since
+    every step reads the rows that they hold, or up, where the host store has a copy.
 
     Args:
         table, hot: pages and hot pool.
         parts: mass of pages.
         policy: says levels.
         interval: forwards from one decision to the next.
+        hot_rows: rows that the pages which are read keep on average.
         demoted_to: int64 [32], counts pages by the level to which they fell.
         copies: where rows come back from; without it no page rises.
     """
@@ -58,6 +60,7 @@ class MassLevels:
         parts: MassParts,
         policy: Policy,
         interval: int,
+        hot_rows: float,
         demoted_to: np.ndarray,
         copies: HostCopies | None = None,
     ):
@@ -68,6 +71,7 @@ class MassLevels:
         self.heat.decay = 0.5 ** (interval / HALF_LIFE)
         self.slack = max(PAGE_BLOCKS, hot.capacity // SLACK_SHARE)
         self.kept = hot.capacity // SETTLED_SHARE
+        self.hot_rows = hot_rows
         self.demoted_to = demoted_to
         self.copies = copies
 
@@ -82,10 +86,10 @@ class MassLevels:
             self.heat.send(self.hot.row_masks)
         elif now % self.interval == LAG and self.heat.receive():
             self.make_room(self.slack, last_rows=True, kept=self.kept)
+            read = self._distinct(pages())
+            self._decide(read[self.table.sealed[read]])
             if self.copies:
-                read = np.unique(pages())
                 self.copies.host.touch(read, now)
-                self._raise(self.copies)
                 self._watch(self.copies, read, now)
 
     def track(self, pages: np.ndarray) -> None:
@@ -159,22 +163,37 @@ class MassLevels:
             for part in np.split(group, range(PAGES_AT_ONCE, len(group), PAGES_AT_ONCE)):
                 self.hot.shrink_pages(part, level, self.mass.row_scores(part))
 
-    def _raise(self, copies: HostCopies) -> None:
-        """Pages with copies compete for rows with all that hold some; the budget is what they hold and what is free beyond the slack."""
-        hot, highest = self.hot, self.policy.settle(np.zeros(0, dtype=np.int64))
-        known = (self.mass.slots >= 0) & self.heat.measured & (self.heat.values > 0)
-        able = np.flatnonzero(known & (copies.host.slots >= 0) & (hot.levels < highest))
-        able = able[np.argsort(-self.heat.values[able], kind="stable")[:MOST_RAISED]]
-        if not len(able):
-            return
-        pages = np.union1d(self._partial(), able)
-        held = hot.levels[pages].astype(np.int64)
-        reach = np.where(np.isin(pages, able), highest, held)
-        blocks = int(held.sum()) // BLOCK_ROWS + max(0, hot.free_blocks - self.slack)
+    def _decide(self, read: np.ndarray) -> None:
+        """Levels of pages that are read (int64 [N], distinct, sealed), under what they may hold together."""
+        read = read[self.hot.levels[read] < PAGE_TOKENS]
+        held = self.hot.levels[read].astype(np.int64)
+        levels = self.policy.levels(held, self._mass(read), int(len(read) * self.hot_rows) // BLOCK_ROWS, reach=self._reach(read, held))
+        self.lower(read, levels)
+        rising = levels > held
+        if rising.any():
+            self._raise(read[rising], levels[rising])
+
+    def _reach(self, pages: np.ndarray, held: np.ndarray) -> np.ndarray:
+        """Levels to which pages can rise, int64 [N]: the highest for the hottest of those that have a copy and are watched, else none."""
+        reach = held.copy()
+        if self.copies:
+            known = (self.mass.slots[pages] >= 0) & self.heat.measured[pages] & (self.heat.values[pages] > 0)
+            highest = self.policy.settle(pages)
+            able = np.flatnonzero(known & self.copies.host.holds(pages) & (held < highest))
+            reach[able[np.argsort(-self.heat.values[pages[able]], kind="stable")[:MOST_RAISED]]] = highest
+        return reach
+
+    def _raise(self, risers: np.ndarray, wanted: np.ndarray) -> None:
+        """Pages that have earned more rows (levels int64 [N]) compete for the pool with all that hold some; its slack stays free."""
+        pages = np.union1d(self._partial(), risers)
+        held = self.hot.levels[pages].astype(np.int64)
+        reach = held.copy()
+        reach[np.searchsorted(pages, risers)] = wanted
+        blocks = int(held.sum()) // BLOCK_ROWS + max(0, self.hot.free_blocks - self.slack)
         levels = self.policy.levels(held, self._mass(pages), blocks, reach=reach)
-        falling, rising = levels < held, levels > held
-        self.lower(pages[falling], levels[falling])
-        self._lift(copies, pages[rising], levels[rising])
+        self.lower(pages, levels)
+        rising = levels > held
+        self._lift(self.copies, pages[rising], levels[rising])
 
     def _lift(self, copies: HostCopies, pages: np.ndarray, levels: np.ndarray) -> None:
         """Bring pages up to levels (int64 [N] each), the hottest first: whole from the host store, then down to their level."""
@@ -192,6 +211,12 @@ class MassLevels:
         chosen = copies.least_watched(able, self.mass.capacity // WATCHED_SHARE, now)
         if len(chosen):
             self.track(chosen)
+
+    def _distinct(self, pages: np.ndarray) -> np.ndarray:
+        """Each of `pages` once, in order; faster than sorting them."""
+        named = np.zeros(self.table.count, dtype=bool)
+        named[pages] = True
+        return np.flatnonzero(named)
 
     def _partial(self) -> np.ndarray:
         return np.flatnonzero((self.hot.levels > 0) & (self.hot.levels < PAGE_TOKENS))

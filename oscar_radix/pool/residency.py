@@ -30,6 +30,7 @@ class Residency:
         recent_tokens: W.
         mass: attention mass of pages, for a policy that goes by it.
         interval: forwards between two decisions of such a policy.
+        hot_rows: rows that pages which are read keep on average under such a policy.
         copies: copies of pages in host memory, if there are any.
     """
 
@@ -42,6 +43,7 @@ class Residency:
         recent_tokens: int,
         mass: MassParts | None = None,
         interval: int = 32,
+        hot_rows: float = 8.0,
         copies: HostCopies | None = None,
     ):
         self.geometry = geometry
@@ -54,7 +56,7 @@ class Residency:
         self.demoted_to = np.zeros(PAGE_TOKENS, dtype=np.int64)
         """Pages that fell to each level, by the level."""
         self.copies = copies
-        self.by_mass = MassLevels(table, hot, mass, policy, interval, self.demoted_to, copies) if mass else None
+        self.by_mass = MassLevels(table, hot, mass, policy, interval, hot_rows, self.demoted_to, copies) if mass else None
         self.sealed_without_hot_rows = 0
         self._acquired: list[int] = []
 

@@ -38,6 +38,7 @@ class KVStore:
         recent_tokens: W.
         device: where the buffers live.
         policy_interval: forwards between two decisions of a policy that goes by attention mass.
+        hot_rows: int8 rows that pages which are read keep on average, for such a policy.
         sampled_queries: room at a fixed place for queries of a sampled forward, for such a policy; 0: each takes its own.
         host_pages: pages whose int8 rows the host store has room for.
     """
@@ -52,6 +53,7 @@ class KVStore:
         recent_tokens: int,
         device: torch.device | str,
         policy_interval: int = 32,
+        hot_rows: float = 8.0,
         sampled_queries: int = 0,
         host_pages: int = 0,
     ):
@@ -71,7 +73,7 @@ class KVStore:
         self.copies: HostCopies | None = None
         if host_pages:
             self.copies = HostCopies(self.table, self.hot, HostStore(self.hot, geometry, pages + 1, host_pages))
-        self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens, self.mass, policy_interval, self.copies)
+        self.residency = Residency(geometry, self.table, self.hot, policy, recent_tokens, self.mass, policy_interval, hot_rows, self.copies)
         self.codec: Codec | None = None
         self.adopted = 0
         """Pages of the tree that became whole again by rows of a duplicate."""

@@ -176,10 +176,10 @@ def test_every_recipe_can_be_chosen(recipe):
 
 def test_flags_become_the_configuration(model_folder):
     flags = ["--oscar-recipe", "mulm", "--oscar-policy", "attention", "--oscar-recent-tokens", "128", "--oscar-hot-fraction", "0.2"]
-    flags += ["--oscar-policy-interval", "50", "--oscar-calibration", "some-file", "--oscar-hot-rows", "4", "--oscar-host-gib", "0.5"]
+    flags += ["--oscar-policy-interval", "50", "--oscar-calibration", "some-file", "--oscar-hot-rows", "2.5", "--oscar-host-gib", "0.5"]
     server_args = parse(*OSCAR, *flags, model=model_folder)
     expected = OscarConfig(
-        *("mulm", "some-file", "attention"), policy_interval=50, hot_rows=4, recent_tokens=128, hot_fraction=0.2, host_gib=0.5
+        *("mulm", "some-file", "attention"), policy_interval=50, hot_rows=2.5, recent_tokens=128, hot_fraction=0.2, host_gib=0.5
     )
     assert config_of(server_args) == expected
     assert server_args.page_size == 32

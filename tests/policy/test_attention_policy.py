@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oscar_radix.policy import HOT_ROWS, LEVELS, AttentionPolicy
+from oscar_radix.policy import LEVELS, AttentionPolicy
 from oscar_radix.policy.attention import HYSTERESIS
 
 MASSES = st.one_of(st.floats(0, 1e6, width=32), st.just(float("nan")))
@@ -44,13 +44,6 @@ def test_many_pages_at_two_before_few_at_eight():
     assert decide([32] * 6, [6, 5, 4, 3, 2, 1], 6) == [2] * 6
     assert decide([32] * 6, [6, 5, 4, 3, 2, 1], 8) == [4, 4, 2, 2, 2, 2]
     assert decide([32] * 6, [6, 5, 4, 3, 2, 1], 3) == [2, 2, 2, 0, 0, 0]
-
-
-@pytest.mark.parametrize("hot_rows", HOT_ROWS)
-def test_no_page_keeps_more_than_the_highest_level(hot_rows):
-    policy = AttentionPolicy(hot_rows)
-    assert policy.settle(np.array([1])) == hot_rows
-    assert policy.levels(np.array([32, 8, 0]), np.array([1e6, 1.0, 1e6]), 100, reach=np.array([32, 8, 8])).tolist() == [hot_rows] * 3
 
 
 def test_pages_rise_only_as_far_as_they_reach_and_newcomers_need_more_mass():

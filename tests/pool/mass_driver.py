@@ -17,8 +17,8 @@ RECENT = 64
 class Driver:
     """Conversations in a store whose forwards are prepared but not run; mass is put into the table by hand."""
 
-    def __init__(self, hot_pages: int, interval: int = 8, pages: int = 200, geometry=TINY, host_pages: int = 0):
-        sizes = {"policy_interval": interval, "host_pages": host_pages}
+    def __init__(self, hot_pages: int, interval: int = 8, pages: int = 200, geometry=TINY, host_pages: int = 0, hot_rows: float = 8.0):
+        sizes = {"policy_interval": interval, "host_pages": host_pages, "hot_rows": hot_rows}
         self.store: KVStore = make_store(pages, hot_pages, "attention", RECENT, geometry=geometry, **sizes)
         self.table = self.store.mass.table
         self._salts = np.zeros(pages + 1, dtype=np.int64)
@@ -103,8 +103,8 @@ class Driver:
 class Ranks:
     """Two ranks with their own heads' mass, which add up page by page before they decide."""
 
-    def __init__(self, hot_pages: int, interval: int, host_pages: int = 0):
-        self.ranks = [Driver(hot_pages, interval, host_pages=host_pages) for _ in range(2)]
+    def __init__(self, hot_pages: int, interval: int, **sizes):
+        self.ranks = [Driver(hot_pages, interval, **sizes) for _ in range(2)]
         self._sums: dict[int, torch.Tensor] = {}
         for rank in self.ranks:
             rank.store.mass.heat.reduce = self.reduce

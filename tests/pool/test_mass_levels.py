@@ -122,6 +122,22 @@ def test_mass_arrives_at_fixed_forwards_and_decays():
     assert heat.values[a[2]] == pytest.approx(5.0 * 0.5 ** (8 / HALF_LIFE))
 
 
+def test_pages_that_are_read_keep_so_many_rows_on_average_and_others_all():
+    """The hottest pages keep theirs; a conversation that nobody reads costs no step anything."""
+    driver = Driver(hot_pages=60, interval=8, hot_rows=1.0)
+    read, idle = driver.begin(12 * PAGE_TOKENS), driver.begin(10 * PAGE_TOKENS)
+    driver.leave(idle)
+    for rank, page in enumerate(read.tolist()):
+        driver.add_mass(page, 100.0 - rank)
+    while driver.store.residency.now != 8 + LAG:
+        assert set(driver.levels(read)) <= {8, 32}
+        driver.read(read)
+    settled = read[2:10]
+    assert driver.levels(settled) == [2] * 4 + [0] * 4
+    assert driver.levels(idle) == [8] * 10
+    driver.check()
+
+
 def test_a_page_that_is_used_again_has_none_of_the_mass_that_is_under_way():
     driver = Driver(hot_pages=40, interval=8)
     a = driver.begin(160)
@@ -184,16 +200,22 @@ def check_rises(store: KVStore, before: np.ndarray) -> None:
 
 
 @settings(max_examples=40)
-@given(data=st.data(), hot_pages=st.integers(6, 30), interval=st.integers(LAG + 1, 12), host_pages=st.sampled_from([0, 5, 200]))
-def test_ranks_decide_alike_within_the_budget(data, hot_pages, interval, host_pages):
+@given(
+    data=st.data(),
+    hot_pages=st.integers(6, 30),
+    interval=st.integers(LAG + 1, 12),
+    host_pages=st.sampled_from([0, 5, 200]),
+    hot_rows=st.sampled_from([0.5, 1.0, 8.0]),
+)
+def test_ranks_decide_alike_within_the_budget(data, hot_pages, interval, host_pages, hot_rows):
     """With a host store smaller than the hot pool, one for everything, and none."""
-    ranks = Ranks(hot_pages, interval, host_pages)
+    ranks = Ranks(hot_pages, interval, host_pages=host_pages, hot_rows=hot_rows)
     alive: list[np.ndarray] = []
     ranks.both(lambda rank: rank.step())
     for turn in range(data.draw(st.integers(1, 15), label="turns")):
         store = ranks.ranks[0].store
         before = store.hot.levels.copy()
-        action = data.draw(st.sampled_from(["begin", "begin", "leave", "free", "mass", "steps", "steps"]), label="action")
+        action = data.draw(st.sampled_from(["begin", "begin", "leave", "free", "mass", "steps", "read"]), label="action")
         fresh = np.zeros(0, dtype=np.int64)
         if action == "begin" and sum(map(len, alive)) < 150:
             tokens = data.draw(st.integers(1, 40), label="pages") * PAGE_TOKENS
@@ -207,9 +229,10 @@ def test_ranks_decide_alike_within_the_budget(data, hot_pages, interval, host_pa
             ranks.both(lambda rank, pages=pages: rank.store.free(pages))
         elif action == "mass":
             ranks.add_mass(turn)
-        elif action == "steps":
+        elif action in ("steps", "read"):
+            pages = data.draw(st.sampled_from(alive), label="which") if action == "read" and alive else np.zeros(0, dtype=np.int64)
             for _ in range(data.draw(st.integers(1, 20), label="steps")):
-                ranks.both(lambda rank: rank.step())
+                ranks.both(lambda rank, pages=pages: rank.read(pages))
                 check_rises(store, before)
                 before = store.hot.levels.copy()
         ranks.both(lambda rank: rank.check())
