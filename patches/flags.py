@@ -73,9 +73,9 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-hot-rows",
         type=float,
-        default=1.0,
+        default=2.0,
         help="int8 rows that the pages which are read keep on average under --oscar-policy attention, more where attention is and none "
-        "where it is not: every step reads them, so fewer are faster and more are more precise. Default: 1.0.",
+        "where it is not: every step reads them, so fewer are faster and more are more precise. Default: 2.0.",
     )
     group.add_argument(
         "--oscar-recent-tokens",
