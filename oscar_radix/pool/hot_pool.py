@@ -8,6 +8,7 @@ import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.kernels.keep_rows import keep_rows
+from oscar_radix.pool.one_owner import check_one_owner
 from oscar_radix.pool.upload import upload, upload_all
 
 BLOCK_ROWS = 2
@@ -254,13 +255,7 @@ class HotPool:
 
     def check_integrity(self) -> None:
         """Every block is owned exactly once, and every page's block count is what its level says."""
-        seen = np.zeros(self.capacity, dtype=np.int64)
-        np.add.at(seen, np.asarray(self._free, dtype=np.int64), 1)
-        owned = self.block_table[self.block_table >= 0]
-        np.add.at(seen, owned.astype(np.int64), 1)
-        if not (seen == 1).all():
-            wrong = np.flatnonzero(seen != 1)
-            raise RuntimeError(f"{len(wrong)} of {self.capacity} hot blocks have {seen[wrong][:4]} owners, not 1; first: {wrong[:4]}")
+        check_one_owner(self._free, self.block_table[self.block_table >= 0], self.capacity, "hot blocks")
         counts = (self.block_table >= 0).sum(axis=1)
         if not (counts * BLOCK_ROWS == self.levels).all():
             page = int(np.flatnonzero(counts * BLOCK_ROWS != self.levels)[0])

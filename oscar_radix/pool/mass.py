@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.pool.one_owner import check_one_owner
 from oscar_radix.pool.upload import upload, upload_all
 
 
@@ -164,7 +165,4 @@ class MassTable:
         Raises:
             RuntimeError: naming the first slots that have not exactly one owner.
         """
-        owners = np.bincount(np.concatenate([self._free, self.slots[self.slots >= 0]]).astype(np.int64), minlength=self.capacity)
-        if (owners != 1).any():
-            wrong = np.flatnonzero(owners != 1)
-            raise RuntimeError(f"{len(wrong)} of {self.capacity} mass slots have {owners[wrong][:4]} owners, not 1; first: {wrong[:4]}")
+        check_one_owner(self._free, self.slots[self.slots >= 0], self.capacity, "mass slots")
