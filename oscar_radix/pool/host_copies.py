@@ -29,7 +29,6 @@ class HostCopies:
         """Pages that are being copied."""
         self._copying = np.zeros(0, dtype=np.int64)
         self._sealed: list[np.ndarray] = []
-        self._watched = np.zeros(table.count, dtype=np.int64)
         hot.before_moving_rows = self.guard
 
     def begin(self, now: int) -> np.ndarray:
@@ -105,9 +104,3 @@ class HostCopies:
     def _available(self, page: int) -> int:
         """Blocks for `page`: free ones and its own."""
         return self.hot.free_blocks + int(self.hot.levels[page]) // BLOCK_ROWS
-
-    def least_watched(self, pages: np.ndarray, count: int, now: int) -> np.ndarray:
-        """Those `count` of `pages` (int64 [N]) that were named longest ago; they count as named now."""
-        chosen = pages[np.lexsort((pages, self._watched[pages]))[:count]]
-        self._watched[chosen] = now
-        return chosen

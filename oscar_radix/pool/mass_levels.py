@@ -74,6 +74,8 @@ class MassLevels:
         self.hot_rows = hot_rows
         self.demoted_to = demoted_to
         self.copies = copies
+        self._watched = np.zeros(table.count, dtype=np.int64)
+        """Forward in which a page last got a slot so that its heat shows."""
 
     def observe(self, now: int, pages: Callable[[], np.ndarray]) -> None:
         """Once a forward, before its changes: at fixed counts, sum up what was read and decide by it.
@@ -208,7 +210,8 @@ class MassLevels:
     def _watch(self, copies: HostCopies, read: np.ndarray, now: int) -> None:
         """Slots for some of the pages that are read (int64 [N], distinct), have copies and are not watched, in turns."""
         able = read[(self.mass.slots[read] < 0) & copies.host.holds(read) & (self.hot.levels[read] < PAGE_TOKENS)]
-        chosen = copies.least_watched(able, self.mass.capacity // WATCHED_SHARE, now)
+        chosen = able[np.argsort(self._watched[able], kind="stable")[: self.mass.capacity // WATCHED_SHARE]]
+        self._watched[chosen] = now
         if len(chosen):
             self.track(chosen)
 

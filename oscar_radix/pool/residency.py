@@ -41,10 +41,10 @@ class Residency:
         hot: HotPool,
         policy: Policy,
         recent_tokens: int,
-        mass: MassParts | None = None,
-        interval: int = 32,
-        hot_rows: float = 8.0,
-        copies: HostCopies | None = None,
+        mass: MassParts | None,
+        interval: int,
+        hot_rows: float,
+        copies: HostCopies | None,
     ):
         self.geometry = geometry
         self.table = table
