@@ -35,7 +35,7 @@ class OscarPageAllocator(PagedTokenToKVPoolAllocator):
     @property
     def free_pages(self) -> torch.Tensor:
         """SGLang's free list: int64 on the device, the first to go first."""
-        return torch.from_numpy(self._free.pages).to(self.device)
+        return torch.from_numpy(self._free.numbers).to(self.device)
 
     @free_pages.setter
     def free_pages(self, pages: torch.Tensor | None) -> None:
@@ -44,7 +44,7 @@ class OscarPageAllocator(PagedTokenToKVPoolAllocator):
     @property
     def free_page_numbers(self) -> np.ndarray:
         """`free_pages` on the host: int64."""
-        return self._free.pages
+        return self._free.numbers
 
     def available_size(self) -> int:
         """Tokens of the free pages."""

@@ -51,11 +51,23 @@ class AttentionPolicy(Policy):
         value[has & (level <= np.broadcast_to(lowest, len(held))[:, None])] = np.inf
         possible = has if reach is None else has | (level <= reach[:, None])
         step, page = np.nonzero(possible.T)
-        value = value[page, step]
-        order = np.argsort(-value, kind="stable")  # equal values: lower steps first, then lower pages
-        # A page's steps are worth less and less, so whatever prefix of the order is taken, no page has a step without those below it.
-        spent = np.cumsum(cost[step[order]])
-        taken = order[(spent <= blocks) | np.isinf(value[order])]
+        value, cost = value[page, step], cost[step]
+        # Best first; equal values: lower steps first, then lower pages. What is surely in or out need not be sorted.
+        least = _smallest_affordable(value, cost, blocks)
+        better = value > least
+        equal = np.flatnonzero(value == least)
+        spent = cost[better].sum() + np.cumsum(cost[equal])
+        taken = np.concatenate([np.flatnonzero(better), equal[(spent <= blocks) | np.isinf(least)]])
+        # A page's steps are worth less and less, so whatever is taken best first, no page has a step without those below it.
         result = np.zeros(len(held), dtype=np.int64)
         np.maximum.at(result, page[taken], level[step[taken]])
         return result
+
+
+def _smallest_affordable(value: np.ndarray, cost: np.ndarray, blocks: int) -> float:
+    """The value, of those given (float64 [N], costs int [N]), at which `blocks` are spent if the best go first; -inf if all fit."""
+    each = np.repeat(value, cost)
+    place = len(each) - 1 - max(blocks, 0)
+    if place < 0:
+        return -np.inf
+    return np.partition(each, place)[place]

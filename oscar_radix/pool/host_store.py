@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.pool.free_list import FreeList
 from oscar_radix.pool.hot_pool import BLOCK_ROWS, PAGE_BLOCKS, HotPool
 from oscar_radix.pool.one_owner import check_one_owner
 from oscar_radix.pool.upload import upload
@@ -37,7 +38,7 @@ class HostStore:
         self.slots = np.full(pages, -1, dtype=np.int32)
         self.copied = self.dropped = 0
         """Copies made, and copies that gave way to others."""
-        self._free = list(range(slots - 1, -1, -1))
+        self.free = FreeList(np.arange(slots))
         self._used = np.zeros(slots, dtype=np.int64)
         self._depth = np.zeros(slots, dtype=np.int32)
         self._rows = torch.empty(slots, self.page_bytes(geometry), dtype=torch.uint8)
@@ -51,7 +52,7 @@ class HostStore:
     @property
     def pages_held(self) -> int:
         """Pages that have a copy."""
-        return self.capacity - len(self._free)
+        return self.capacity - len(self.free)
 
     def holds(self, pages: np.ndarray) -> np.ndarray:
         """bool [N]: the page has a copy."""
@@ -64,7 +65,7 @@ class HostStore:
     def forget(self, pages: np.ndarray) -> None:
         """`pages` (int64 [N]) are freed, or their copies are not worth keeping."""
         held = pages[self.holds(pages)]
-        self._free.extend(self.slots[held].tolist())
+        self.free.give_back(self.slots[held])
         self.slots[held] = -1
 
     def move(self, source: int, target: int) -> None:
@@ -77,7 +78,7 @@ class HostStore:
     def clear(self) -> None:
         """All slots to the free list."""
         self.slots.fill(-1)
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self.free = FreeList(np.arange(self.capacity))
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -97,7 +98,7 @@ class HostStore:
         if not len(pages):
             return pages
         lost = self._make_room(len(pages))
-        slots = np.array([self._free.pop() for _ in range(len(pages))])
+        slots = self.free.take(len(pages))
         self.slots[pages], self._used[slots], self._depth[slots] = slots, now, position
         self.copied += len(pages)
         blocks = self.hot.block_numbers(pages, PAGE_TOKENS)
@@ -133,7 +134,7 @@ class HostStore:
         holders = np.flatnonzero(self.slots >= 0)
         slots = self.slots[holders]
         order = np.lexsort((holders, -self._depth[slots], self._used[slots]))
-        lost = holders[order[: max(0, wanted - len(self._free))]]
+        lost = holders[order[: max(0, wanted - len(self.free))]]
         self.forget(lost)
         self.dropped += len(lost)
         return lost
@@ -176,7 +177,7 @@ class HostStore:
         Raises:
             RuntimeError: naming the first slots that have not exactly one owner.
         """
-        check_one_owner(self._free, self.slots[self.slots >= 0], self.capacity, "host slots")
+        check_one_owner(self.free.numbers, self.slots[self.slots >= 0], self.capacity, "host slots")
 
 
 def _pin(rows: torch.Tensor) -> None:

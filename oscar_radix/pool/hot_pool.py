@@ -8,6 +8,7 @@ import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.kernels.keep_rows import keep_rows
+from oscar_radix.pool.free_list import FreeList
 from oscar_radix.pool.one_owner import check_one_owner
 from oscar_radix.pool.upload import upload, upload_all
 
@@ -63,49 +64,37 @@ class HotPool:
         self.device_levels = torch.from_numpy(self.levels).to(device)
         self.before_moving_rows: Callable[[np.ndarray], None] = lambda pages: None
         """Told pages (int64 [N]) whose rows are about to change places within their blocks."""
-        self._changed: set[int] = set()
-        self._acquired: set[int] = set()
-        self._free = list(range(blocks - 1, -1, -1))
+        self.free = FreeList(np.arange(blocks))
+        self._changed = np.zeros(pages, dtype=bool)
+        self._acquired = np.zeros(pages, dtype=bool)
 
     # Ownership -------------------------------------------------------------------------------------------------------
 
     @property
     def free_blocks(self) -> int:
         """Blocks that no page owns."""
-        return len(self._free)
+        return len(self.free)
 
     def acquire(self, page: int) -> bool:
         """Give `page` the blocks of a whole page (level 32). False, and nothing changes, when too few are free."""
         if self.levels[page]:
             raise RuntimeError(f"page {page} already holds {self.levels[page]} hot rows")
-        if len(self._free) < PAGE_BLOCKS:
+        if len(self.free) < PAGE_BLOCKS:
             return False
-        blocks = [self._free.pop() for _ in range(PAGE_BLOCKS)]
-        self.block_table[page] = blocks
+        self.block_table[page] = self.free.take(PAGE_BLOCKS)
         self.levels[page] = PAGE_TOKENS
-        self._changed.add(page)
-        self._acquired.add(page)
+        self._changed[page] = self._acquired[page] = True
         return True
 
-    def release(self, page: int) -> None:
-        """Drop all hot rows of `page`; its base record is what remains."""
-        held = self.levels[page] // BLOCK_ROWS
-        self._free.extend(self.block_table[page, :held].tolist())
-        self.block_table[page] = -1
-        self.levels[page] = 0
-        self._changed.add(page)
+    def release(self, pages: np.ndarray | int) -> None:
+        """Drop all hot rows of `pages` (int64 [N], distinct, or one page); their base records are what remains."""
+        held = self.block_table[pages]
+        self.free.give_back(held[held >= 0])
+        self.block_table[pages] = -1
+        self.levels[pages] = 0
+        self._changed[pages] = True
 
-    def shrink(self, page: int, rows: torch.Tensor) -> None:
-        """Keep only some rows of a page, and free the other blocks.
-
-        Args:
-            page: a page that holds more rows.
-            rows: int64 [layers, Hkv, r], distinct token numbers per (layer, head), all of them held; r is even.
-        """
-        scores = torch.zeros(*rows.shape[:2], PAGE_TOKENS, device=rows.device).scatter_(-1, rows, 1.0)
-        self.shrink_pages(np.array([page]), rows.shape[-1], scores[None].to(self.device))
-
-    def shrink_pages(self, pages: np.ndarray, level: int, scores: torch.Tensor) -> None:
+    def shrink(self, pages: np.ndarray, level: int, scores: torch.Tensor) -> None:
         """Keep the `level` rows of largest score of each page, per (layer, head), and free the other blocks.
 
         Args:
@@ -121,7 +110,7 @@ class HotPool:
         if len(wrong):
             raise RuntimeError(f"page {wrong[0]} is at level {self.levels[wrong[0]]}; cannot keep {level} of its rows")
         self.before_moving_rows(pages)
-        if self._acquired.intersection(pages.tolist()):
+        if self._acquired[pages].any():
             self.sync_tables()  # their rows get their numbers
         index, blocks = upload_all([pages, self.block_table[pages]], self.device)
         hot = (self.k_rows, self.v_rows, self.scales, self.row_numbers)
@@ -131,10 +120,10 @@ class HotPool:
             from oscar_radix.kernels.levels import keep_rows_kernel as lower  # Triton is needed on GPUs only
         lower(hot, self.row_masks, index, blocks, scores.contiguous(), level)
         freed = self.block_table[pages, kept:]
-        self._free.extend(freed[freed >= 0].tolist())
+        self.free.give_back(freed[freed >= 0])
         self.block_table[pages, kept:] = -1
         self.levels[pages] = level
-        self._changed.update(pages.tolist())
+        self._changed[pages] = True
 
     def move(self, source: int, target: int) -> None:
         """Hand the blocks of page `source` to page `target`, which holds none; `source` is left at level 0."""
@@ -147,32 +136,31 @@ class HotPool:
         self.levels[target] = self.levels[source]
         self.block_table[source] = -1
         self.levels[source] = 0
-        self._changed.update((source, target))
-        if source in self._acquired:
-            self._acquired.add(target)
+        self._changed[[source, target]] = True
+        self._acquired[target] |= self._acquired[source]
 
     def clear(self) -> None:
         """All blocks back to the free list."""
         self.block_table.fill(-1)
         self.levels.fill(0)
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self.free = FreeList(np.arange(self.capacity))
         self.device_block_table.fill_(-1)
         self.device_levels.fill_(0)
         self.row_masks.zero_()
-        self._changed.clear()
-        self._acquired.clear()
+        self._changed.fill(False)
+        self._acquired.fill(False)
 
     def sync_tables(self) -> None:
         """Bring masks, row numbers of whole pages and the device's tables up to date, in order with the kernels of the current stream.
 
         `shrink` writes its masks and row numbers itself.
         """
-        if not self._changed:
+        pages = np.flatnonzero(self._changed)
+        if not len(pages):
             return
-        pages = np.fromiter(self._changed, dtype=np.int64)
         levels = self.levels[pages]
         masked = (levels == 0) | (levels == PAGE_TOKENS)
-        fresh = np.fromiter((page for page in self._acquired if self.levels[page] == PAGE_TOKENS), dtype=np.int64)
+        fresh = np.flatnonzero(self._acquired & (self.levels == PAGE_TOKENS))
         arrays = [
             pages[masked],
             -(levels[masked] == PAGE_TOKENS).astype(np.int32),
@@ -189,8 +177,8 @@ class HotPool:
         if self.device.type != "cpu":
             self.device_block_table[index] = blocks
             self.device_levels[index] = new_levels
-        self._changed.clear()
-        self._acquired.clear()
+        self._changed.fill(False)
+        self._acquired.fill(False)
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -255,7 +243,7 @@ class HotPool:
 
     def check_integrity(self) -> None:
         """Every block is owned exactly once, and every page's block count is what its level says."""
-        check_one_owner(self._free, self.block_table[self.block_table >= 0], self.capacity, "hot blocks")
+        check_one_owner(self.free.numbers, self.block_table[self.block_table >= 0], self.capacity, "hot blocks")
         counts = (self.block_table >= 0).sum(axis=1)
         if not (counts * BLOCK_ROWS == self.levels).all():
             page = int(np.flatnonzero(counts * BLOCK_ROWS != self.levels)[0])

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
+from oscar_radix.pool.free_list import FreeList
 from oscar_radix.pool.one_owner import check_one_owner
 from oscar_radix.pool.upload import upload, upload_all
 
@@ -34,14 +35,14 @@ class MassTable:
         self.given = np.zeros(slots, dtype=np.int64)
         """For each slot, how many had been given when it was given last: tells two holders of a slot apart."""
         self.total_given = 0
-        self._free = list(range(slots - 1, -1, -1))
+        self.free = FreeList(np.arange(slots))
 
     # Ownership -------------------------------------------------------------------------------------------------------
 
     @property
     def free_slots(self) -> int:
         """Slots that no page holds."""
-        return len(self._free)
+        return len(self.free)
 
     def track(self, pages: np.ndarray) -> np.ndarray:
         """Give empty slots to pages that hold none, in order, as long as there are any.
@@ -54,13 +55,13 @@ class MassTable:
         """
         if (pages == 0).any():
             raise ValueError("page 0 is padding; its attention means nothing")
-        new = pages[self.slots[pages] < 0][: len(self._free)]
+        new = pages[self.slots[pages] < 0][: len(self.free)]
         if len(new):
-            taken = [self._free.pop() for _ in range(len(new))]
+            taken = self.free.take(len(new))
             self.slots[new] = taken
             self.given[taken] = self.total_given + 1 + np.arange(len(new))
             self.total_given += len(new)
-            index = upload(np.array(taken), self.device)
+            index = upload(taken, self.device)
             self.values.index_fill_(1, index, 0.0)
             self.visits.index_fill_(0, index, 0.0)
         return self.slots[pages] >= 0
@@ -68,7 +69,7 @@ class MassTable:
     def drop(self, pages: np.ndarray) -> None:
         """Take back the slots of those of `pages` (int64 [N]) that hold one; their mass is forgotten."""
         held = pages[self.slots[pages] >= 0]
-        self._free.extend(self.slots[held].tolist())
+        self.free.give_back(self.slots[held])
         self.slots[held] = -1
 
     def move(self, source: int, target: int) -> None:
@@ -79,7 +80,7 @@ class MassTable:
     def clear(self) -> None:
         """All slots to the free list."""
         self.slots.fill(-1)
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self.free = FreeList(np.arange(self.capacity))
 
     # Mass ------------------------------------------------------------------------------------------------------------
 
@@ -165,4 +166,4 @@ class MassTable:
         Raises:
             RuntimeError: naming the first slots that have not exactly one owner.
         """
-        check_one_owner(self._free, self.slots[self.slots >= 0], self.capacity, "mass slots")
+        check_one_owner(self.free.numbers, self.slots[self.slots >= 0], self.capacity, "mass slots")

@@ -158,12 +158,11 @@ class MassLevels:
             group = pages[levels == level]
             self.demoted_to[level] += len(group)
             if level == 0:
-                for page in group.tolist():
-                    self.hot.release(page)
+                self.hot.release(group)
                 self.mass.drop(group[~self.copies.host.holds(group)] if self.copies else group)
                 continue
             for part in np.split(group, range(PAGES_AT_ONCE, len(group), PAGES_AT_ONCE)):
-                self.hot.shrink_pages(part, level, self.mass.row_scores(part))
+                self.hot.shrink(part, level, self.mass.row_scores(part))
 
     def _decide(self, read: np.ndarray) -> None:
         """Levels of pages that are read (int64 [N], distinct, sealed), under what they may hold together."""
@@ -204,7 +203,7 @@ class MassLevels:
         for level in np.unique(levels).tolist():
             left = pages[levels == level]
             while len(left) and len(raised := copies.raise_pages(left, level)):
-                self.hot.shrink_pages(raised, level, self.mass.row_scores(raised))
+                self.hot.shrink(raised, level, self.mass.row_scores(raised))
                 left = left[len(raised) :]
 
     def _watch(self, copies: HostCopies, read: np.ndarray, now: int) -> None:

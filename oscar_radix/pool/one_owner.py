@@ -3,11 +3,11 @@
 import numpy as np
 
 
-def check_one_owner(free: list[int], held: np.ndarray, capacity: int, what: str) -> None:
+def check_one_owner(free: np.ndarray, held: np.ndarray, capacity: int, what: str) -> None:
     """Recount owners.
 
     Args:
-        free: numbers on the free list.
+        free: int [F], numbers on the free list.
         held: int [N], numbers that pages hold.
         capacity: how many there are.
         what: what they are, in the plural.

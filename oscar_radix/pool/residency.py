@@ -201,14 +201,13 @@ class Residency:
             self.by_mass.lower(pages, np.full(len(pages), level))
         elif level == 0:
             self.demoted_to[0] += len(pages)
-            for page in pages.tolist():
-                self.hot.release(page)
+            self.hot.release(pages)
         else:
             self.demoted_to[level] += len(pages)
             geometry = self.geometry
             chosen = [self.policy.choose_rows(page, level, geometry.layers, geometry.kv_heads, PAGE_TOKENS) for page in pages.tolist()]
             scores = torch.zeros(len(pages), geometry.layers, geometry.kv_heads, PAGE_TOKENS).scatter_(-1, torch.stack(chosen), 1.0)
-            self.hot.shrink_pages(pages, level, scores.to(self.hot.device))
+            self.hot.shrink(pages, level, scores.to(self.hot.device))
         if level == 0:
             self.table.continuation[pages] = False
 

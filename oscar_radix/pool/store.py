@@ -102,8 +102,7 @@ class KVStore:
     def free(self, pages: np.ndarray) -> None:
         """A request's or the tree's pages return to the free list; their hot rows are dropped."""
         self.table.transfer(pages, (Owner.REQUEST, Owner.TREE), Owner.FREE)
-        for page in pages[self.hot.levels[pages] > 0].tolist():
-            self.hot.release(page)
+        self.hot.release(pages[self.hot.levels[pages] > 0])
         self.table.forget(pages)
         if self.mass:
             self.mass.forget(pages)

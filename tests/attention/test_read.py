@@ -14,6 +14,7 @@ from oscar_radix.codec import RECIPES
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy import WindowPolicy
 from oscar_radix.policy.base import LEVELS
+from oscar_radix.pool.free_list import FreeList
 from oscar_radix.sequence import Sequence
 from tests.helpers import make_store, page_count, random_qkv
 
@@ -171,7 +172,7 @@ def test_after_a_flush_old_hot_rows_hide_nothing():
     batch = Batch(group=2, head_dim=64, count=2)
     batch.forward([130, 90], decode=False)
     batch.store.clear()
-    batch.store.hot._free = batch.store.hot._free[:32]  # room for two pages: the others are sealed without hot rows
+    batch.store.hot.free = FreeList(np.arange(32))  # room for two pages: the others are sealed without hot rows
     batch.done = [0, 0]
     batch.store.allocate(batch.pages[0])
     batch.forward([130, 0], decode=False)

@@ -47,7 +47,7 @@ def random_store(geometry: Geometry, pages: int, seed: int, device: str = "cpu",
         members = np.flatnonzero(chosen == level) + 1
         if level:
             scores = torch.rand(len(members), geometry.layers, geometry.kv_heads, PAGE_TOKENS, generator=draw)
-            hot.shrink_pages(members, level, scores.to(device))
+            hot.shrink(members, level, scores.to(device))
         else:
             for page in members.tolist():
                 hot.release(page)
@@ -110,7 +110,7 @@ def compare_mass(geometry: Geometry, lengths: list[int], queries: int, nearest: 
     assert theirs.max() > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
     torch.testing.assert_close(tables[1].visits, tables[0].visits, rtol=0, atol=0)
-    free = torch.tensor(tables[1]._free, device=device)
+    free = torch.tensor(tables[1].free.numbers, device=device)
     assert (tables[1].values[:, free] == 0.5).all(), "slots of no page"
     compare_sums(tables, store.hot.row_masks)
 
@@ -125,7 +125,7 @@ def compare_sums(tables: list[MassTable], row_masks: torch.Tensor) -> None:
     theirs.values *= 0.75
     sums = torch.zeros(ours.capacity + 1, device=ours.device)
     sum_and_decay(ours.values, row_masks, *ours._tracked(), sums, 0.75)
-    free = torch.tensor(ours._free, device=ours.device)
+    free = torch.tensor(ours.free.numbers, device=ours.device)
     expected[free] = 0.0
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-4)
     ours.values[:, free] = theirs.values[:, free]

@@ -22,16 +22,16 @@ def test_against_a_plain_list(data, size):
             back = data.draw(st.lists(st.sampled_from(held), unique=True)) if held else []
             free.give_back(np.array(back, dtype=np.int64))
             model, held = back + model, [page for page in held if page not in back]
-        assert free.pages.tolist() == model
+        assert free.numbers.tolist() == model
         assert len(free) == len(model)
 
 
 def test_pages_that_it_did_not_begin_with_find_room():
     free = FreeList(np.array([4]))
     free.give_back(np.array([7, 9]))
-    assert free.pages.tolist() == [7, 9, 4]
+    assert free.numbers.tolist() == [7, 9, 4]
 
 
 def test_taking_too_many_says_so():
-    with pytest.raises(ValueError, match="3 pages wanted, 2 are free"):
+    with pytest.raises(ValueError, match="3 wanted, 2 are free"):
         FreeList(np.array([1, 2])).take(3)

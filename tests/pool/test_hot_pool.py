@@ -75,6 +75,12 @@ def some_rows(count: int) -> torch.Tensor:
     return torch.rand(LAYERS, HEADS, PAGE_TOKENS, generator=generator).argsort(-1)[..., :count].sort(-1).values
 
 
+def keep(pool: HotPool, page: int, rows: torch.Tensor) -> None:
+    """Lower a page to the rows of these token numbers, int64 [layers, Hkv, r]."""
+    scores = torch.zeros(1, *rows.shape[:2], PAGE_TOKENS).scatter_(-1, rows[None], 1.0)
+    pool.shrink(np.array([page]), rows.shape[-1], scores)
+
+
 def test_a_page_takes_sixteen_blocks_and_gives_them_back(pool):
     assert pool.acquire(5)
     assert pool.levels[5] == PAGE_TOKENS
@@ -92,7 +98,7 @@ def test_acquire_says_no_and_changes_nothing_when_blocks_are_short(pool):
     assert not pool.acquire(4)
     assert pool.levels[4] == 0
     assert (pool.block_table[4] == -1).all()
-    pool.shrink(1, some_rows(4))
+    keep(pool, 1, some_rows(4))
     assert not pool.acquire(4), "14 blocks are free, a page takes 16"
     assert pool.free_blocks == 14
     pool.check_integrity()
@@ -125,7 +131,7 @@ def test_shrink_keeps_the_chosen_rows_of_every_layer_and_head(pool, kept):
     for page, contents in ((1, other), (2, rows)):
         pool.acquire(page)
         fill(pool, page, contents)
-    pool.shrink(2, some_rows(kept))
+    keep(pool, 2, some_rows(kept))
     assert pool.levels[2] == kept
     assert pool.free_blocks == 2 * PAGE_BLOCKS - kept // BLOCK_ROWS
     check_rows(pool, 2, rows, some_rows(kept))
@@ -141,12 +147,12 @@ def test_shrink_keeps_the_chosen_rows_of_every_layer_and_head(pool, kept):
 def test_shrink_to_odd_none_or_all_rows_is_an_error(pool, kept):
     pool.acquire(1)
     with pytest.raises(RuntimeError, match=f"page 1 is at level 32; cannot keep {kept} of its rows"):
-        pool.shrink(1, some_rows(kept))
+        keep(pool, 1, some_rows(kept))
 
 
 def test_shrink_of_a_page_that_is_not_whole_is_an_error(pool):
     with pytest.raises(RuntimeError, match="page 1 is at level 0; cannot keep 4"):
-        pool.shrink(1, some_rows(4))
+        keep(pool, 1, some_rows(4))
 
 
 @pytest.mark.parametrize("level", [4, 32])
@@ -155,7 +161,7 @@ def test_move_hands_rows_over(pool, level):
     pool.acquire(1)
     fill(pool, 1, rows)
     if level < PAGE_TOKENS:
-        pool.shrink(1, some_rows(level))
+        keep(pool, 1, some_rows(level))
     pool.move(1, 6)
     assert pool.levels[[1, 6]].tolist() == [0, level]
     check_rows(pool, 6, rows, ALL_ROWS if level == PAGE_TOKENS else some_rows(level))
@@ -173,7 +179,7 @@ def test_move_onto_a_hot_page_is_an_error(pool):
 def test_masks_follow_release_and_clear(pool):
     for page in (1, 2):
         pool.acquire(page)
-    pool.shrink(1, some_rows(4))
+    keep(pool, 1, some_rows(4))
     pool.release(1)
     pool.sync_tables()
     assert not pool.row_masks[:, 1].any()
@@ -189,7 +195,7 @@ def test_masks_follow_release_and_clear(pool):
 
 def test_integrity_sees_a_lost_block(pool):
     pool.acquire(1)
-    pool._free.pop()
+    pool.free.take(1)
     with pytest.raises(RuntimeError, match=r"1 of 48 hot blocks have \[0\] owners, not 1"):
         pool.check_integrity()
 
@@ -204,7 +210,7 @@ def test_integrity_sees_a_block_of_two_pages(pool):
 
 def test_integrity_sees_a_block_that_is_free_and_owned(pool):
     pool.acquire(1)
-    pool._free.append(int(pool.block_table[1, 0]))
+    pool.free.give_back(pool.block_table[1, :1])
     with pytest.raises(RuntimeError, match=r"1 of 48 hot blocks have \[2\] owners, not 1"):
         pool.check_integrity()
 

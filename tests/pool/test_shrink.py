@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.pool.free_list import FreeList
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS, HotPool
 from tests.helpers import GEOMETRY
-from tests.pool.test_hot_pool import check_rows, fill, random_page
+from tests.pool.test_hot_pool import check_rows, fill, keep, random_page
 
 PAGES = 6
 
@@ -17,7 +18,7 @@ PAGES = 6
 def full_pool(seed: int) -> tuple[HotPool, dict[int, list]]:
     """Six whole pages on interleaved blocks, and their rows."""
     pool = HotPool(GEOMETRY, pages=PAGES + 1, blocks=(PAGES + 1) * PAGE_BLOCKS, device="cpu")
-    np.random.default_rng(seed).shuffle(pool._free)
+    pool.free = FreeList(np.random.default_rng(seed).permutation(pool.capacity))
     rows = {}
     for page in range(1, PAGES + 1):
         pool.acquire(page)
@@ -51,7 +52,7 @@ def test_any_way_down(data, seed):
             continue
         pages = data.draw(st.lists(st.sampled_from(able), unique=True, min_size=1), label="pages")
         scores = random_scores(seed + turn, len(pages))
-        pool.shrink_pages(np.array(pages), level, scores)
+        pool.shrink(np.array(pages), level, scores)
         for page, score in zip(pages, scores.numpy(), strict=True):
             chosen[page] = np.array(
                 [[best(score[layer, head], chosen[page][layer, head], level) for head in range(GEOMETRY.kv_heads)]
@@ -71,7 +72,7 @@ def test_any_way_down(data, seed):
 
 def test_freed_blocks_serve_other_pages():
     pool, rows = full_pool(1)
-    pool.shrink_pages(np.array([1, 2, 3]), 2, random_scores(1, 3))
+    pool.shrink(np.array([1, 2, 3]), 2, random_scores(1, 3))
     kept = pool.row_masks[:, [1, 2, 3]].clone()
     pool.release(6)
     assert pool.acquire(6)
@@ -87,15 +88,15 @@ def test_scores_that_are_no_numbers_come_last_but_rows_are_kept():
     scores = torch.full((1, GEOMETRY.layers, GEOMETRY.kv_heads, PAGE_TOKENS), float("nan"))
     scores[..., 31] = float("-inf")
     scores[..., 17] = -5.0
-    pool.shrink_pages(np.array([3]), 4, scores)
+    pool.shrink(np.array([3]), 4, scores)
     check_rows(pool, 3, rows[3], torch.tensor([0, 1, 2, 17]).expand(GEOMETRY.layers, GEOMETRY.kv_heads, -1))
 
 
 def test_one_page_by_its_rows_from_level_to_level():
     pool, rows = full_pool(3)
     eight = torch.arange(1, 32, 4).expand(GEOMETRY.layers, GEOMETRY.kv_heads, -1)
-    pool.shrink(2, eight)
-    pool.shrink(2, eight[..., [2, 7]])
+    keep(pool, 2, eight)
+    keep(pool, 2, eight[..., [2, 7]])
     assert pool.levels[2] == 2
     check_rows(pool, 2, rows[2], eight[..., [2, 7]])
 
@@ -103,10 +104,10 @@ def test_one_page_by_its_rows_from_level_to_level():
 @pytest.mark.parametrize("level", [0, 3, 8, 32])
 def test_a_batch_with_a_page_that_holds_too_little_changes_nothing(level):
     pool, _ = full_pool(4)
-    pool.shrink_pages(np.array([5]), 8, random_scores(4, 1))
+    pool.shrink(np.array([5]), 8, random_scores(4, 1))
     before = pool.block_table.copy(), pool.levels.copy(), pool.k_rows.clone(), pool.free_blocks
     with pytest.raises(RuntimeError, match=f"is at level .*; cannot keep {level} of its rows"):
-        pool.shrink_pages(np.array([1, 5, 2]), level, random_scores(5, 3))
+        pool.shrink(np.array([1, 5, 2]), level, random_scores(5, 3))
     assert np.array_equal(before[0], pool.block_table)
     assert np.array_equal(before[1], pool.levels)
     assert torch.equal(before[2], pool.k_rows)
