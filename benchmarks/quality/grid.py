@@ -11,6 +11,8 @@ from oscar_radix.calibration.evaluate import SINK_TOKENS
 
 ROW_BITS = {"int8": 8, "int4": 4, "plain4": 4}
 HOT_ROWS = (2, 4, 8)
+SERVER_ROWS = (0.5, 1, 2, 4)
+"""Values of `--oscar-hot-rows`."""
 POLICIES = ("attention", "window", "random")
 WINDOWS = (64, 256)
 DEFAULT_SCORE = "mass"
@@ -18,13 +20,13 @@ DEFAULT_SCORE = "mass"
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to keep a prefix. rows: hot rows of each 32 tokens between sinks and recent window; window: recent tokens at int8;
+    """One way to keep a prefix. rows: hot rows of 32 tokens between sinks and recent window, on average; window: recent tokens at int8;
     score: of SCORES; granularity: of `selection.GRANULARITIES`; key_bits: K's average bits in every record, with the row scale searched;
     None: records as the recipe makes them."""
 
     recipe: str = "tck"
     policy: str = "none"
-    rows: int = 0
+    rows: float = 0
     row_format: str = "int8"
     window: int = 256
     score: str = DEFAULT_SCORE
@@ -120,15 +122,22 @@ def breadth_cells() -> list[Cell]:
 def default_cells() -> list[Cell]:
     """tck at a window of 256: int8 rows by every policy, int4 rows by attention, uniform bits, int8 rows over records with searched scales.
     """
-    cells = [Cell(), *uniform_cells((256,))]
+    cells = [Cell(), *uniform_cells((256,)), *server_cells()]
     cells += [Cell(policy=policy, rows=rows) for rows in HOT_ROWS for policy in POLICIES if rows < 8 or policy == "attention"]
     cells += [Cell(policy="attention", rows=rows, row_format="int4") for rows in (2, 4)]
     return cells + [Cell(policy=policy, rows=2, key_bits=2.0) for policy in POLICIES]
 
 
+def server_cells() -> list[Cell]:
+    """Levels of pages as the server's policy decides them, and the controls of its lowest bytes."""
+    cells = [Cell(policy="attention", rows=rows, granularity="server") for rows in SERVER_ROWS]
+    return cells + [Cell(policy=policy, rows=1) for policy in ("window", "random")]
+
+
 def full_cells() -> list[Cell]:
-    """Every recipe x policy x number of rows x format x window."""
-    cells = [cell for recipe in ("tck", "mulm", "oscar") for cell in recipe_cells(recipe, WINDOWS, ("int8", "int4"))]
+    """Every recipe x policy x number of rows x format x window, and the server's rule."""
+    cells = server_cells()
+    cells += [cell for recipe in ("tck", "mulm", "oscar") for cell in recipe_cells(recipe, WINDOWS, ("int8", "int4"))]
     return cells + uniform_cells(WINDOWS)
 
 

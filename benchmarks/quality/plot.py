@@ -35,6 +35,8 @@ def _panel(axes: plt.Axes, table: list[dict[str, Any]], window: int) -> None:
             ours = [r for r in tck if (r["policy"], r["row_format"], r["key_bits"]) == (policy, row_format, key_bits)]
             label = f"{policy}, {row_format} rows" + (", row scales searched" if key_bits else "")
             _line(axes, [start[key_bits], *ours] if ours and key_bits in start else ours, COLOURS[policy], style, label)
+    server = [r for r in table if r["window"] == window and r["granularity"] == "server"]
+    _line(axes, [*([start[None]] if None in start else []), *server], "tab:purple", "-", "attention, pages at the server's levels")
     uniform = [row for bits, row in start.items() if bits]
     _line(axes, uniform, COLOURS["uniform K"], "-", "uniform K of 2, 2.5 and 3 bits, row scales searched")
     for recipe, marker in (("mulm", "^"), ("oscar", "s")):

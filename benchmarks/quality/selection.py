@@ -1,17 +1,21 @@
 """Which rows are hot: a policy's choice, from scores, at a granularity."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.policy.attention import AttentionPolicy
+from oscar_radix.pool.hot_pool import BLOCK_ROWS
 
 BUDGET_LEVELS = (0, 2, 4, 8, 16)
 """Hot rows a page that a budget of a layer, a head or a page may take."""
 
-GRANULARITIES = ("page", "prefix", "global", "layer-rows", "model-rows", "whole-pages", "layer-budget", "head-budget", "page-budget")
+BUDGETS = ("layer-budget", "head-budget", "page-budget", "server")
+GRANULARITIES = ("page", "prefix", "global", "layer-rows", "model-rows", "whole-pages", *BUDGETS)
 
 
-def choose(policy: str, scores: Tensor, rows: int, granularity: str = "page", seed: int = 0) -> Tensor:
+def choose(policy: str, scores: Tensor, rows: float, granularity: str = "page", seed: int = 0) -> Tensor:
     """Bool [L, H, C]: which of C tokens (a multiple of 32) have a hot row in each layer and KV head; rows / 32 of all of them.
 
     policy: `none`; `attention`: largest scores; `random`: as many of every page; `window`: the last tokens.
@@ -27,13 +31,14 @@ def choose(policy: str, scores: Tensor, rows: int, granularity: str = "page", se
     return by_score(scores, rows, granularity)
 
 
-def by_score(scores: Tensor, rows: int, granularity: str) -> Tensor:
+def by_score(scores: Tensor, rows: float, granularity: str) -> Tensor:
     """The rows of largest score.
 
     page: `rows` of each page, per (layer, head). prefix: the same number per (layer, head), anywhere. global: anywhere in any layer
     and head. layer-rows, model-rows: as page, the same rows for all heads of a layer, or of the model. whole-pages: whole pages.
     layer-budget, head-budget, page-budget: a number of BUDGET_LEVELS rows for each page of a layer, of a (layer, head), or for
-    all layers and heads of a page, by how much score each next level covers; `rows` on average.
+    all layers and heads of a page, by how much score each next level covers; `rows` on average. server: levels of pages, for all layers
+    and heads, as policy `attention` decides them for pages that still hold 8 rows; `rows` on average.
     """
     tokens = scores.shape[-1]
     pages = scores.unflatten(-1, (-1, PAGE_TOKENS))
@@ -49,20 +54,30 @@ def by_score(scores: Tensor, rows: int, granularity: str) -> Tensor:
     if granularity == "whole-pages":
         hot = _largest(pages.sum((0, 1, 3)), pages.shape[2] * rows // PAGE_TOKENS)
         return hot.repeat_interleave(PAGE_TOKENS).expand_as(scores)
+    if granularity == "server":
+        return _per_page(scores, _server_levels(pages, rows))
     axes = {"layer-budget": (1, 2), "head-budget": (2,), "page-budget": (0, 1)}
     if granularity not in axes:
         raise ValueError(f"there is no granularity '{granularity}'; granularities: {', '.join(GRANULARITIES)}")
     return _per_page(scores, budgets(pages, rows, axes[granularity]))
 
 
-def budgets(pages: Tensor, rows: int, shared: tuple[int, ...]) -> Tensor:
+def _server_levels(pages: Tensor, rows: float) -> Tensor:
+    """Levels int64 [pages] of pages [L, H, pages, 32]."""
+    mass = pages.sum((0, 1, 3)).double().cpu().numpy()
+    policy = AttentionPolicy()
+    held = np.full(len(mass), policy.settle(np.arange(len(mass))))
+    return torch.from_numpy(policy.levels(held, mass, int(len(mass) * rows) // BLOCK_ROWS))
+
+
+def budgets(pages: Tensor, rows: float, shared: tuple[int, ...]) -> Tensor:
     """Rows of each page, `rows` on average at most, one number along the axes `shared` of [L, H, pages, 32]; int64, broadcastable."""
     covered = pages.sort(-1, descending=True).values.cumsum(-1)
     covered = torch.cat((torch.zeros_like(covered[..., :1]), covered), -1)[..., list(BUDGET_LEVELS)]
     covered = covered.sum(shared, keepdim=True)
     counts = torch.tensor(BUDGET_LEVELS).diff()
     gains = covered.diff(dim=-1).flatten(0, -2).cpu() / counts
-    left = rows * len(gains)
+    left = int(rows * len(gains))
     levels = torch.zeros(len(gains), dtype=torch.int64)
     for place in gains.flatten().argsort(descending=True, stable=True).tolist():
         unit, step = divmod(place, len(counts))

@@ -199,6 +199,7 @@ def test_the_whole_measurement(model, moments, ids, tmp_path):
     readers = ids[PREFIX:].view(4, 8).tolist()
     shared = Shared("tiny", ids[:PREFIX].tolist(), readers[:2], readers[2:] * 2, ("next", "quote", "other document", "quote"))
     cells = [*grid.quick_cells(), Cell(policy="attention", rows=2, score="error"), Cell(key_bits=3.0), Cell("oscar")]
+    cells.append(Cell(policy="attention", rows=2, granularity="server"))
     fitted = {recipe: Fitted.of(recipe, moments, "cpu") for recipe in ("tck", "oscar")}
     progress = []
     measured = measure(model, fitted, shared, cells, progress.append)
@@ -207,10 +208,10 @@ def test_the_whole_measurement(model, moments, ids, tmp_path):
     assert report["positions"] == 2 * 2 * 8
     assert len(report["table"]) == len(cells)
     assert {entry["control"] for entry in report["comparisons"]} == {"window", "random", "uniform K 3.0", "default score and granularity"}
-    assert len(report["targets"]) == 3
+    assert len(report["targets"]) == 8, "KL, and ratios to window, random and 3-bit keys; by the page and as the server chooses"
     split = by_length([measured], cells, 64)
     assert list(split["lengths"]) == [str(PREFIX)]
-    assert len(lines(split)) == 1 + len(cells) + 3
+    assert len(lines(split)) == 1 + len(cells) + 8
     draw({"model": "tiny", "text": split}, tmp_path / "tiny.png")
     assert (tmp_path / "tiny.png").stat().st_size > 0
     covered = {row["policy"]: row["mass_covered"] for row in report["table"] if row["score"] == "mass" and row["recipe"] == "tck"}
