@@ -18,6 +18,7 @@ import aiohttp
 from benchmarks.servers import ServerError
 
 PROGRESS_S = 10.0
+SLOW = 1.2
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Window:
         tokens_per_s: tokens that arrived in it, of all requests, a second.
         step_ms: median time between two tokens of a request.
         mean_step_ms: the same as a mean: `in_flight / tokens_per_s`.
+        slow_steps: of steps that took SLOW times the median: the number of the token, and milliseconds (median over requests).
     """
 
     in_flight: int
@@ -47,6 +49,7 @@ class Window:
     tokens_per_s: float
     step_ms: float
     mean_step_ms: float
+    slow_steps: list[tuple[int, float]]
 
 
 def random_prompts(count: int, tokens: int, vocabulary: int, seed: int, group: int = 1, shared: int = 0) -> list[list[int]]:
@@ -78,16 +81,22 @@ def steady_window(streams: Sequence[Stream], until: float = float("inf")) -> Win
         best = max(best, (running, end - start, start, end))
     in_flight, seconds, start, end = best
     tokens, gaps = 0, []
+    at_token: dict[int, list[float]] = {}
     for stream in streams:
         chunks = list(zip(stream.times, stream.tokens, strict=True))
         tokens += sum(max((n for when, n in chunks if when <= edge), default=0) * sign for edge, sign in ((end, 1), (start, -1)))
         inside = [(when, count) for when, count in chunks if start <= when <= end]
         for (before, count), (after, more) in itertools.pairwise(inside):
-            gaps += [(after - before) / (more - count) * 1e3] * (more - count)
+            step_ms = (after - before) / (more - count) * 1e3
+            gaps += [step_ms] * (more - count)
+            at_token.setdefault(more, []).append(step_ms)
     if not gaps:
         raise ServerError("no steady decode: no two tokens came while the most requests were in flight; ask for more new tokens")
     rate = tokens / seconds
-    return Window(in_flight, seconds, rate, statistics.median(gaps), in_flight / rate * 1e3)
+    median = statistics.median(gaps)
+    steps = {token: statistics.median(times) for token, times in sorted(at_token.items())}
+    slow = [(token, round(step_ms, 2)) for token, step_ms in steps.items() if step_ms > SLOW * median]
+    return Window(in_flight, seconds, rate, median, in_flight / rate * 1e3, slow)
 
 
 def span(streams: Sequence[Stream]) -> float:

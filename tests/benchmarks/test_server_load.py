@@ -34,6 +34,12 @@ def test_chunks_of_several_tokens_count_each_token():
     assert window.tokens_per_s == pytest.approx(10)
 
 
+def test_slow_steps_are_named():
+    times = [1.0, 1.1, 1.2, 1.5, 1.6, 1.7, 1.81]
+    window = steady_window([Stream(0.0, times, list(range(1, 8))), Stream(0.0, times, list(range(1, 8)))])
+    assert window.slow_steps == [(4, 300.0)]
+
+
 def test_what_comes_after_the_profiler_is_not_in_the_window():
     slow = stream(1.0, 0.1, 11)
     slow.times += [9.0, 10.0]
