@@ -10,6 +10,7 @@ import torch
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
 from oscar_radix.config import FOLD_VALUES, OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.host_memory import DEFAULT_SHARE, available_bytes
 from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags, refuse_host_store
 from oscar_radix.patches.targets import problems
 from oscar_radix.policy import POLICIES
@@ -92,9 +93,10 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-host-gib",
         type=float,
-        default=0.0,
+        default=None,
         help="GiB of host memory, pinned on GPU hosts, for int8 copies of cached pages: readers that continue from a prefix get its recent "
-        "window back from there, and --oscar-policy attention raises pages that have become hot. Default: 0, no copies.",
+        "window back from there, and --oscar-policy attention raises pages that have become hot. 0: no copies. Default: on GPUs "
+        f"{DEFAULT_SHARE:.0%}% of the memory that is available at the start, if all ranks are on this machine; 0 on CPUs.",
     )
     group.add_argument(
         "--oscar-fold-values",
@@ -109,6 +111,8 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
     """AROUND hook of ServerArgs.from_cli_args: refuse what cannot work, choose what must be, attach the configuration."""
     if getattr(args, "kv_quant", "none") != "oscar":
         return original(cls, args)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    copies_used = POLICIES[args.oscar_policy].by_mass or not args.disable_radix_cache
     try:
         config = OscarConfig(
             recipe=args.oscar_recipe,
@@ -118,12 +122,11 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
             hot_rows=args.oscar_hot_rows,
             recent_tokens=args.oscar_recent_tokens,
             hot_fraction=args.oscar_hot_fraction,
-            host_gib=args.oscar_host_gib,
+            host_gib=_host_gib(args, device) if copies_used else args.oscar_host_gib or 0.0,
             fold_values=args.oscar_fold_values,
         )
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         refuse_device(device, config.recipe)
-        refuse_host_store(config.host_gib, used=POLICIES[config.policy].by_mass or not args.disable_radix_cache)
+        refuse_host_store(config.host_gib, copies_used)
         refuse_flags(args)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from (None if isinstance(error, Refused) else error)
@@ -141,6 +144,13 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
     server_args = original(cls, args)
     object.__setattr__(server_args, ATTRIBUTE, config)
     return server_args
+
+
+def _host_gib(args: Namespace, device: str) -> float:
+    """What --oscar-host-gib says, or its default. Ranks must have equal stores, so several machines get none by default."""
+    if args.oscar_host_gib is not None:
+        return args.oscar_host_gib
+    return round(DEFAULT_SHARE * available_bytes() / 2**30, 1) if device == "cuda" and args.nnodes == 1 else 0.0
 
 
 def config_of(server_args: Any) -> OscarConfig | None:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import psutil
-
 from oscar_radix.geometry import PAGE_TOKENS, SUPPORTED_HEAD_DIMS
+from oscar_radix.host_memory import available_bytes
 
 logger = logging.getLogger("oscar_radix")
 
@@ -129,7 +128,7 @@ def refuse_host_store(host_gib: float, used: bool) -> None:
             f"--oscar-host-gib {host_gib:g} with --disable-radix-cache: no reader continues from a cached prefix, so copies would never be "
             f"read; drop one of the two, or use --oscar-policy attention"
         )
-    available = psutil.virtual_memory().available / 2**30
+    available = available_bytes() / 2**30
     if host_gib > available:
         raise Refused(f"--oscar-host-gib {host_gib:g}: this machine has {available:.1f} GiB of memory available; ask for less")
 

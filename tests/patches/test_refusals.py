@@ -13,7 +13,7 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
 from oscar_radix.config import OscarConfig
 from oscar_radix.patches import targets
-from oscar_radix.patches.flags import config_of
+from oscar_radix.patches.flags import _host_gib, config_of
 from oscar_radix.patches.refusals import FLAG_RULES, Refused, refuse_device, refuse_flags
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -205,6 +205,16 @@ def test_a_host_store_must_fit_the_machine_and_be_of_use():
     assert "copies would never be read" in refusal(*OSCAR, "--oscar-host-gib", "0.1", "--disable-radix-cache")
     said = refusal(*OSCAR, "--oscar-host-gib", "1e9")
     assert re.search(r"--oscar-host-gib 1e\+09: this machine has \d+\.\d GiB of memory available; ask for less", said)
+
+
+def test_copies_take_a_share_of_the_memory_on_gpu_hosts(monkeypatch):
+    monkeypatch.setattr("oscar_radix.patches.flags.available_bytes", lambda: 50 * 2**30)
+    wanted = lambda device, *args: _host_gib(_namespace(*OSCAR, *args), device)  # noqa: E731
+    assert wanted("cuda") == 5.0
+    assert wanted("cuda", "--oscar-host-gib", "2") == 2.0
+    assert wanted("cuda", "--oscar-host-gib", "0") == 0.0
+    assert wanted("cuda", "--nnodes", "2") == 0.0, "stores of all ranks must be equal"
+    assert wanted("cpu") == 0.0
 
 
 # --kv-quant none -----------------------------------------------------------------------------------------------------
