@@ -14,6 +14,6 @@ def test_reports_name_no_machine_and_hold_no_tree():
 
 
 def test_cost_of_a_policy_is_beside_none():
-    row = lambda policy, rate, step, mean: {"policy": policy, "requests": 10, "tokens_per_s": rate, "step_ms": step, "mean_step_ms": mean}  # noqa: E731
-    (found,) = verdicts([row("none", 1000.0, 10.0, 10.1), row("attention", 900.0, 11.0, 11.11 * 1.02)])
+    row = lambda policy, rate, single: {"policy": policy, "requests": 10, "tokens_per_s": rate, "single_share": single}  # noqa: E731
+    (found,) = verdicts([row("none", 1000.0, 0.01), row("attention", 900.0, 0.03)])
     assert found == {"policy": "attention", "requests": 10, "throughput": pytest.approx(0.9), "work": pytest.approx(0.02)}
