@@ -70,7 +70,8 @@ def main() -> None:
         print(f"{time.monotonic() - begin:6.0f} s  {line}", file=sys.stderr, flush=True)
 
     folder = args.model or prepare()
-    model, tokenizer = load_model(folder, args.device)
+    # Not bf16, whose rounding would add to every KL.
+    model, tokenizer = load_model(folder, args.device, torch.float32)
 
     def tokenise(text: str) -> list[int]:
         return tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]

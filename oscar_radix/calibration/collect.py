@@ -24,11 +24,11 @@ SHORTEST_CHUNK = 64
 Progress = Callable[[str], None]
 
 
-def load_model(model_dir: Path | str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
-    """(model, tokenizer) from a local folder, no network: float32 on a CPU, bfloat16 elsewhere."""
+def load_model(model_dir: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) from a local folder, no network; `dtype` if not given: float32 on a CPU, bfloat16 elsewhere."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(str(model_dir), local_files_only=True, dtype=dtype)

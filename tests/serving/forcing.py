@@ -21,7 +21,9 @@ class ForcedTokens(CustomLogitProcessor):
         # Other tensor-parallel ranks may come here when the first one has answered and the file is gone.
         writes = torch.distributed.get_rank() == 0
         for row, params in enumerate(custom_param_list):
-            step = len(params["__req__"].output_ids)
+            request = params["__req__"]
+            # Not its output_ids: under overlap scheduling they lack the token of the step before.
+            step = max(0, request.kv_committed_len - len(request.origin_input_ids))
             forced = params["ids"][step]
             kept = (log_p[row] if params["whole"] else log_p[row, forced : forced + 1]).cpu().numpy().tobytes()
             # SGLang samples after every chunk of a prompt; only the last of a step's rows counts.
