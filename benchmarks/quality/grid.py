@@ -22,7 +22,8 @@ DEFAULT_SCORE = "mass"
 class Cell:
     """One way to keep a prefix. rows: hot rows of 32 tokens between sinks and recent window, on average; window: recent tokens at int8;
     score: of SCORES; granularity: of `selection.GRANULARITIES`; key_bits: K's average bits in every record, with the row scale searched;
-    None: records as the recipe makes them."""
+    None: records as the recipe makes them; path: `hit`, or `miss`: the reader's request computed the prefix, so that its prompt read it
+    at int8, and only what it decodes reads what is kept (recall tasks, whose readers are a question and an answer)."""
 
     recipe: str = "tck"
     policy: str = "none"
@@ -32,6 +33,7 @@ class Cell:
     score: str = DEFAULT_SCORE
     granularity: str = "page"
     key_bits: float | None = None
+    path: str = "hit"
 
     @property
     def line(self) -> str:
@@ -143,4 +145,6 @@ def full_cells() -> list[Cell]:
 
 def recall_cells() -> list[Cell]:
     chosen = [Cell()] + [Cell(policy=policy, rows=2) for policy in POLICIES]
+    chosen += [Cell(policy="attention", rows=rows, granularity="server") for rows in (1, 2)]
+    chosen += [replace(cell, path="miss") for cell in chosen if cell.policy in ("none", "attention")]
     return [*chosen, *uniform_cells((256,)), Cell(policy="attention", rows=2, key_bits=2.0), Cell("oscar")]

@@ -73,10 +73,23 @@ def measure(model: Any, fitted: dict[str, Fitted], shared: Shared, cells: list[C
             cold = cell.cold(prefix.tokens)
             chosen = torch.zeros(layers, heads, prefix.tokens, dtype=torch.bool, device=device)
             chosen[..., cold] = choose(cell.policy, SCORES[cell.score](evidence)[..., cold], cell.rows, cell.granularity)
-            result.scores[cell] = score(exact, readers.read(partial(_read, rows, cell, chosen), codec), ids[2])
+            prompt = (_questions(shared, device), rows.hot.__getitem__) if cell.path == "miss" else None
+            result.scores[cell] = score(exact, readers.read(partial(_read, rows, cell, chosen), codec, prompt), ids[2])
             result.covered[cell] = float((mass.first * chosen)[..., cold].sum() / mass.first[..., cold].sum())
             progress(f"{shared.name}: {cell} KL {float(result.scores[cell].kl.mean()):.4f}")
     return result if shared.scored is None else _answers_only(result, torch.tensor(shared.scored))
+
+
+def _questions(shared: Shared, device: torch.device) -> Tensor:
+    """Tokens of each reader before its answer: bool [R, T].
+
+    Raises:
+        ValueError: the readers of this prefix have no answers.
+    """
+    if shared.scored is None:
+        raise ValueError(f"{shared.name}: its readers have no answers, so there is no path 'miss'")
+    answers = torch.tensor(shared.scored, device=device).cumsum(1) > 0
+    return ~torch.cat((torch.zeros_like(answers[:, :1]), answers[:, :-1]), 1)
 
 
 def _answers_only(result: Measured, scored: Tensor) -> Measured:

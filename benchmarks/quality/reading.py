@@ -107,10 +107,13 @@ class Readers:
         own = torch.block_diag(*[torch.ones(tokens, tokens, device=ids.device).tril()] * count).bool()
         self.mask = torch.cat((torch.ones(count * tokens, prefix, dtype=torch.bool, device=ids.device), own), 1)
 
-    def read(self, rows: ReadRows, codec: Codec | None = None) -> Tensor:
-        """Log-probabilities [R, T, vocab] after each token. Readers' own rows are exact; without a codec, rows are the model's K and V."""
+    def read(self, rows: ReadRows, codec: Codec | None = None, prompt: tuple[Tensor, ReadRows] | None = None) -> Tensor:
+        """Log-probabilities [R, T, vocab] after each token. Readers' own rows are exact; without a codec, rows are the model's K and V.
+
+        prompt: bool [R, T], tokens that read the prefix in other rows than `rows`; and those.
+        """
         with torch.inference_mode():
-            hidden = self._hidden(rows, codec, None)
+            hidden = self._hidden(rows, codec, None, prompt)
             return self.model.lm_head(hidden.view(*self.ids.shape, -1)).float().log_softmax(-1)
 
     def mass(self, rows: ReadRows, better: ReadRows, codec: Codec, layers: int, heads: int) -> Mass:
@@ -130,14 +133,18 @@ class Readers:
             self._hidden(rows, codec, gather)
         return mass
 
-    def _hidden(self, rows: ReadRows, codec: Codec | None, gather: Callable[[int, Tensor, Tensor], None] | None) -> Tensor:
+    def _hidden(
+        self,
+        rows: ReadRows,
+        codec: Codec | None,
+        gather: Callable[[int, Tensor, Tensor], None] | None,
+        prompt: tuple[Tensor, ReadRows] | None = None,
+    ) -> Tensor:
         """Last hidden states of all readers; `gather` gets scaled queries [H, G * N, D] and probabilities [H, G * N, P + N] per layer."""
 
-        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        def through(read: ReadRows, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             tokens, group = q.shape[0], q.shape[1] // k.shape[1]
-            if codec is not None:
-                q, k, v = codec.queries_to_basis(layer, q), codec.keys_to_basis(layer, k), codec.values_to_basis(layer, v)
-            old_k, old_v = rows(layer)
+            old_k, old_v = read(layer)
             keys, values = torch.cat((old_k, k)).transpose(0, 1), torch.cat((old_v, v)).transpose(0, 1)
             queries, mask = grouped(q, k.shape[1]), self.mask.repeat(group, 1)
             if gather is None:
@@ -147,7 +154,14 @@ class Readers:
                 p = (queries * scale @ keys.mT).masked_fill_(~mask, -torch.inf).softmax(-1)
                 gather(layer, queries * scale, p)
                 out = p @ values
-            out = ungrouped(out, tokens)
+            return ungrouped(out, tokens)
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            if codec is not None:
+                q, k, v = codec.queries_to_basis(layer, q), codec.keys_to_basis(layer, k), codec.values_to_basis(layer, v)
+            out = through(rows, layer, q, k, v, scale)
+            if prompt is not None:
+                out = torch.where(prompt[0].view(-1, 1, 1), through(prompt[1], layer, q, k, v, scale), out)
             return out if codec is None else codec.output_from_basis(layer, out)
 
         with replaced_attention(self.model, attention):

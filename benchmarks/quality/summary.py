@@ -160,6 +160,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         key_bits = f"K{row['key_bits']} " if row["key_bits"] else ""
         name = f"{row['recipe']} {key_bits}{row['policy']} {row['rows']} {row['row_format']} W{row['window']}"
         name += f" {row['score']}, {row['granularity']}" if row["policy"] == "attention" else ""
+        name += ", miss" if row["path"] == "miss" else ""
         numbers = [f"{key} {row[key]:.4f}+-{row[key + '_error']:.4f}" for key in row if f"{key}_error" in row]
         said.append(f"{name:75s} {row['bits']:.3f} bits  {'  '.join(numbers)}")
     return said + report.get("targets", [])

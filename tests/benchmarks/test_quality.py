@@ -228,6 +228,18 @@ def test_answers_only(model, moments, ids):
     assert 0 <= report["table"][0]["copying"] <= 1
 
 
+def test_on_a_miss_the_prompt_reads_int8(model, moments, ids):
+    readers = ids[PREFIX:].view(4, 8).tolist()
+    scored = [[False] * 4 + [True] * 3 + [False]] * 2
+    shared = Shared("tiny", ids[:PREFIX].tolist(), readers[:2], readers[2:], ("copying",) * 2, scored)
+    hit, miss, int8 = Cell(window=32), Cell(window=32, path="miss"), Cell(policy="window", rows=32, window=32)
+    scores = measure(model, {"tck": Fitted.of("tck", moments, "cpu")}, shared, [hit, miss, int8], lambda line: None).scores
+    assert torch.allclose(scores[miss].kl[:, :5], scores[int8].kl[:, :5], atol=1e-6), "the last of the prompt says the answer's first"
+    assert (scores[miss].kl[:, 5:] > 2 * scores[int8].kl[:, 5:]).all()
+    with pytest.raises(ValueError, match="tiny: its readers have no answers"):
+        measure(model, {"tck": Fitted.of("tck", moments, "cpu")}, dataclasses.replace(shared, scored=None), [miss], lambda line: None)
+
+
 def test_json_knows_no_infinity():
     assert finite({"a": [1.0, float("inf")], "b": float("nan")}) == {"a": [1.0, None], "b": None}
 
