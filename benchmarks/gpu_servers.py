@@ -19,7 +19,7 @@ from oscar_radix.policy import POLICIES
 
 OURS = ("--kv-quant", "oscar")
 HOST_GIB = "32"
-HOT_ROWS = ("0.5", "1", "8")
+HOT_ROWS = ("0.5", "2", "8")
 MODES = {
     "ours": OURS,
     **{policy: (*OURS, "--oscar-policy", policy) for policy in POLICIES},

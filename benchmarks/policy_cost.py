@@ -54,7 +54,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> int:
     """Measure, print, and write where --json says."""
     options = parser(__doc__, "python -m benchmarks.policy_cost")
-    policies = "in this order (%(default)s); also attention-0.5, attention-1, attention-8, attention-host, none-host"
+    policies = "in this order (%(default)s); also attention-0.5, attention-2, attention-8, attention-host, none-host"
     options.add_argument("--policies", default="none,attention,random", help=policies)
     options.add_argument("--requests", default="10,60", help="ascending counts of prompts that decode together (%(default)s)")
     args = options.parse_args()

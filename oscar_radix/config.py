@@ -28,9 +28,9 @@ class OscarConfig:
 
     recipe: str
     calibration: str | None = None
-    policy: str = "none"
+    policy: str = "attention"
     policy_interval: int = 64
-    hot_rows: float = 2.0
+    hot_rows: float = 1.0
     recent_tokens: int = 256
     hot_fraction: float = 0.12
     host_gib: float = 0.0

@@ -60,10 +60,10 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-policy",
         choices=list(POLICIES),
-        default="none",
+        default="attention",
         help="What becomes of int8 rows outside the recent windows: 'none' drops them at once, 'window' keeps whole pages until the pool "
         "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps those "
-        "that attention reads most, --oscar-hot-rows a page. Default: none.",
+        "that attention reads most, --oscar-hot-rows a page. Default: attention.",
     )
     group.add_argument(
         "--oscar-policy-interval",
@@ -74,9 +74,9 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-hot-rows",
         type=float,
-        default=2.0,
+        default=1.0,
         help="int8 rows that the pages which are read keep on average under --oscar-policy attention, more where attention is and none "
-        "where it is not: every step reads them, so fewer are faster and more are more precise. Default: 2.0.",
+        "where it is not: every step reads them, so fewer are faster and more are more precise. Default: 1.0.",
     )
     group.add_argument(
         "--oscar-recent-tokens",

@@ -165,7 +165,7 @@ def test_help_documents_every_flag(capsys):
     assert len(flags) == len(dataclasses.fields(OscarConfig)) - 1, "all but log_interval"
     for flag in ("kv-quant", *flags):
         assert f"--{flag} " in section
-    for default in (DEFAULT_RECIPE, "none", "256", "0.12"):
+    for default in (DEFAULT_RECIPE, "attention", "256", "0.12"):
         assert f"Default: {default}." in section
 
 

@@ -24,6 +24,8 @@ class ForcedTokens(CustomLogitProcessor):
             request = params["__req__"]
             # Not its output_ids: under overlap scheduling they lack the token of the step before.
             step = max(0, request.kv_committed_len - len(request.origin_input_ids))
+            if step >= len(params["ids"]):
+                continue  # under overlap scheduling a request that has ended runs once more
             forced = params["ids"][step]
             kept = (log_p[row] if params["whole"] else log_p[row, forced : forced + 1]).cpu().numpy().tobytes()
             # SGLang samples after every chunk of a prompt; only the last of a step's rows counts.
