@@ -19,8 +19,6 @@ from benchmarks.servers import ServerError
 
 PROGRESS_S = 10.0
 SLOW = 1.2
-NEIGHBOURS = 8
-"""Steps before and after one."""
 
 
 @dataclass
@@ -44,7 +42,6 @@ class Window:
         step_ms: median time between two tokens of a request.
         mean_step_ms: the same as a mean: `in_flight / tokens_per_s`.
         slow_steps: of steps that took SLOW times the median: the number of the token, and milliseconds (median over requests).
-        single_share: share of the time that steps took beyond the median of their NEIGHBOURS.
     """
 
     in_flight: int
@@ -53,7 +50,6 @@ class Window:
     step_ms: float
     mean_step_ms: float
     slow_steps: list[tuple[int, float]]
-    single_share: float
 
 
 def random_prompts(count: int, tokens: int, vocabulary: int, seed: int, group: int = 1, shared: int = 0) -> list[list[int]]:
@@ -100,13 +96,7 @@ def steady_window(streams: Sequence[Stream], until: float = float("inf")) -> Win
     median = statistics.median(gaps)
     steps = {token: statistics.median(times) for token, times in sorted(at_token.items())}
     slow = [(token, round(step_ms, 2)) for token, step_ms in steps.items() if step_ms > SLOW * median]
-    return Window(in_flight, seconds, rate, median, in_flight / rate * 1e3, slow, _single_share(list(steps.values())))
-
-
-def _single_share(steps: list[float]) -> float:
-    """What steps take beyond the median of those around them, over what all of them take."""
-    around = [statistics.median(steps[max(0, i - NEIGHBOURS) : i + NEIGHBOURS + 1]) for i in range(len(steps))]
-    return sum(max(0.0, step - local) for step, local in zip(steps, around, strict=True)) / sum(steps)
+    return Window(in_flight, seconds, rate, median, in_flight / rate * 1e3, slow)
 
 
 def span(streams: Sequence[Stream]) -> float:

@@ -52,6 +52,8 @@ def run(mode: str, counts: list[int], args: argparse.Namespace, report: Report) 
         report.put(**{f"{mode}_before": before})
         say(f"{mode}: max_total_num_tokens {before['max_total_num_tokens']}")
         warm_up(server, max(*counts, args.concurrency), args.prompt_tokens, args)
+        if args.short_repeats:
+            short_run(server, args, args.short_repeats)  # not reported: kernels compile in it
         for repeat in range(args.short_repeats):
             report.add(short_run(server, args, repeat))
         server.flush_cache()

@@ -11,7 +11,7 @@ from oscar_radix.geometry import Geometry
 
 def test_defaults():
     config = OscarConfig(recipe="tck")
-    assert (config.policy, config.recent_tokens, config.recent_pages, config.hot_fraction) == ("none", 256, 8, 0.12)
+    assert (config.policy, config.recent_tokens, config.recent_pages, config.hot_fraction) == ("attention", 256, 8, 0.12)
     assert config.calibration is None
 
 

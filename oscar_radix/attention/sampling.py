@@ -13,6 +13,9 @@ DECODE_INTERVAL = 64
 PREFILL_QUERIES = 32
 """Last new queries of each sequence of a prefill, which are always sampled; fewer in a batch of several, see BATCH_QUERIES."""
 
+QUERY_COUNTS = (PREFILL_QUERIES, 4, 1)
+"""Queries of a sequence that are ever sampled: each number is a kernel to compile."""
+
 BATCH_QUERIES = 64
 """Queries of a prefill batch, over all its sequences, beyond one of each: what they cost is to stay small beside the prefill."""
 
@@ -66,7 +69,7 @@ class MassSampling:
         if sequences and padded <= room:
             count = min(len(sequences), room)
             longest = max(sequence.seq_len - sequence.prefix_len for sequence in sequences)
-            queries = min(PREFILL_QUERIES, longest, max(1, min(room, BATCH_QUERIES) // count))
+            queries = _queries(longest, min(room, BATCH_QUERIES) // count)
             self._sample = MassSample(self.store, self.store.mass.table, count, queries, storage)
             self._where = page_table(sequences[:count])
         return self._sample
@@ -76,3 +79,9 @@ class MassSampling:
         sample, self._sample = self._sample, None
         if sample is not None:
             sample.add(*self._where, self.scale, NEAREST)
+
+
+def _queries(new_tokens: int, most: int) -> int:
+    """The least of QUERY_COUNTS that takes all of so many new tokens, or else the largest, of those that are at most `most`; or 1."""
+    possible = [count for count in QUERY_COUNTS if count <= most] or [1]
+    return min((count for count in possible if count >= new_tokens), default=possible[0])

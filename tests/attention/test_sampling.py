@@ -6,7 +6,7 @@ import torch
 
 from oscar_radix.attention.backend import TorchAttention
 from oscar_radix.attention.plan import ForwardPlan
-from oscar_radix.attention.sampling import DECODE_INTERVAL, NEAREST, PREFILL_QUERIES, MassSampling
+from oscar_radix.attention.sampling import DECODE_INTERVAL, NEAREST, PREFILL_QUERIES, MassSampling, _queries
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.sequence import Sequence
 from tests.attention.test_cache_on_off import toy_rows
@@ -130,6 +130,15 @@ def test_the_nearest_tokens_get_nothing():
     visits = readers.table.visits[readers.table.slots[pages]].flatten()
     assert not visits[last:].any()
     assert visits[: last - PREFILL_QUERIES + 1].eq(PREFILL_QUERIES).all()
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "most", "queries"),
+    [(500, 64, 32), (500, 32, 32), (500, 31, 4), (12, 64, 32), (12, 8, 4), (3, 64, 4), (1, 64, 1), (500, 0, 1)],
+)
+def test_few_numbers_of_queries(new_tokens, most, queries):
+    """Each number is a kernel of its own on a GPU; a prompt shorter than its number has missing queries."""
+    assert _queries(new_tokens, most) == queries
 
 
 def test_a_store_without_a_mass_table_is_refused():

@@ -38,14 +38,6 @@ def test_slow_steps_are_named():
     times = [1.0, 1.1, 1.2, 1.5, 1.6, 1.7, 1.81]
     window = steady_window([Stream(0.0, times, list(range(1, 8))), Stream(0.0, times, list(range(1, 8)))])
     assert window.slow_steps == [(4, 300.0)]
-    assert window.single_share == pytest.approx((0.2 + 0.01) / 0.81)
-
-
-def test_a_step_beside_its_neighbours_and_not_beside_all():
-    times = [0.1 * n for n in range(100)] + [9.9 + 0.2 * n for n in range(1, 101)]
-    times[150:] = [time + 1.0 for time in times[150:]]
-    window = steady_window([Stream(0.0, times, list(range(1, 201)))])
-    assert window.single_share == pytest.approx(1.0 / (times[-1] - times[0]), rel=0.01)
 
 
 def test_what_comes_after_the_profiler_is_not_in_the_window():
