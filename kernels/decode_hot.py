@@ -8,7 +8,7 @@ ones, every byte made an fp16 exactly. Compare `decode_records`.
 import triton
 import triton.language as tl
 
-from oscar_radix.kernels.decode_records import QUERY_LEVELS, fixed_point
+from oscar_radix.kernels.fixed_point import QUERY_LEVELS, fixed_point
 from oscar_radix.kernels.online_softmax import NONE, column_sums, rescale, store_lse, weights
 from oscar_radix.kernels.warp import (
     high_bytes_to_half2,

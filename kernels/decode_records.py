@@ -11,6 +11,7 @@ registers while this one is computed.
 import triton
 import triton.language as tl
 
+from oscar_radix.kernels.fixed_point import QUERY_LEVELS, fixed_point
 from oscar_radix.kernels.online_softmax import NONE, column_sums, rescale, store_lse, weights
 from oscar_radix.kernels.warp import (
     high_halves,
@@ -28,8 +29,6 @@ from oscar_radix.kernels.warp import (
     unpack_half2,
 )
 
-QUERY_LEVELS = tl.constexpr(4032.0)
-"""Largest fixed-point query: 4032 * sum of the largest codes (960 over 128 channels) stays below 2**22."""
 RECORD_BYTES = tl.constexpr(8)
 """Bytes of codes of K, or of V, in a page's record of one head, for each channel."""
 # Plane i of V stands at bits 2i; planes 5 to 7 would lie in the exponent of an fp16 and are shifted down by 6 bits, three planes.
@@ -43,19 +42,6 @@ VALUE_POWERS = tl.constexpr(tuple(2.0 ** (24 - bit) for bit in _PLANE_BITS))
 def query_channel(step, part, t, D: tl.constexpr):
     """First of the four channels that lane t multiplies in half `part` of QK step `step`."""
     return 32 * step + 8 * t + 4 * part if D == 128 else 32 * step + 16 * part + 4 * t
-
-
-@triton.jit
-def fixed_point(values, factor):
-    """Four queries times `factor`, rounded, as two words of int8: their high and low parts, 128 high + low."""
-    high_word = tl.zeros([32], tl.int32)
-    low_word = tl.zeros([32], tl.int32)
-    for j in tl.static_range(4):
-        fixed = tl.floor(values[j] * factor + 0.5).to(tl.int32)
-        high = (fixed + 64) >> 7
-        high_word |= (high & 255) << (8 * j)
-        low_word |= ((fixed - high * 128) & 255) << (8 * j)
-    return high_word, low_word
 
 
 @triton.jit
