@@ -43,11 +43,11 @@ def run(policy: str, counts: list[int], args: Any, report: Report) -> None:
 
 def work(row: dict[str, Any]) -> float:
     """Share of the time that steps take which are slow again and again, INTERVAL apart, beyond the median step."""
-    turns = max((token for token, _ in row["slow_steps"]), default=0) // INTERVAL
+    turns = int(row["seconds"] * 1e3 / row["mean_step_ms"]) // INTERVAL
     beyond = 0.0
     for phase in range(INTERVAL):
         excess = [step_ms - row["step_ms"] for token, step_ms in row["slow_steps"] if token % INTERVAL == phase]
-        beyond += statistics.median([*excess, *[0.0] * (turns - len(excess))] or [0.0])
+        beyond += statistics.median([*excess, *[0.0] * max(turns - len(excess), 1)])
     return beyond / (INTERVAL * row["step_ms"])
 
 

@@ -6,13 +6,14 @@ import pytest
 from oscar_radix.host_memory import LIMITS, available_bytes
 
 
-@pytest.mark.parametrize("files", LIMITS)
-def test_the_limit_of_a_container(tmp_path, files):
-    for name, text in zip(files, ("3000000\n", "1000000\n"), strict=True):
+@pytest.mark.parametrize(("limit", "used", "kinds", "cached"), LIMITS)
+def test_the_limit_of_a_container(tmp_path, limit, used, kinds, cached):
+    texts = {limit: "3000000\n", used: "1000000\n", kinds: f"anon 700000\n{cached} 300000\n"}
+    for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert available_bytes(tmp_path) == 2_000_000
-    (tmp_path / files[1]).write_text("4000000\n")
+    assert available_bytes(tmp_path) == 2_300_000
+    (tmp_path / used).write_text("4000000\n")
     assert available_bytes(tmp_path) == 0
 
 
