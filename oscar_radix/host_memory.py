@@ -15,6 +15,9 @@ is cached files, which give way."""
 DEFAULT_SHARE = 0.1
 """Part of the available memory that copies of pages take on a GPU host if nobody says how much."""
 
+DEFAULT_LEAST_GIB = 1.0
+"""Less than that is not taken: it may be too little for one recent window on every rank."""
+
 
 def available_bytes(cgroup: Path = CGROUP) -> int:
     """Bytes that are free or can be freed, on the machine or within the limit of this container, whichever is less.

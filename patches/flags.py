@@ -10,7 +10,7 @@ import torch
 from oscar_radix.codec import DEFAULT_RECIPE, RECIPES
 from oscar_radix.config import FOLD_VALUES, OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS
-from oscar_radix.host_memory import DEFAULT_SHARE, available_bytes
+from oscar_radix.host_memory import DEFAULT_LEAST_GIB, DEFAULT_SHARE, available_bytes
 from oscar_radix.patches.refusals import Refused, refuse_device, refuse_flags, refuse_host_store
 from oscar_radix.patches.targets import problems
 from oscar_radix.policy import POLICIES
@@ -150,7 +150,10 @@ def _host_gib(args: Namespace, device: str) -> float:
     """What --oscar-host-gib says, or its default. Ranks must have equal stores, so several machines get none by default."""
     if args.oscar_host_gib is not None:
         return args.oscar_host_gib
-    return round(DEFAULT_SHARE * available_bytes() / 2**30, 1) if device == "cuda" and args.nnodes == 1 else 0.0
+    if device != "cuda" or args.nnodes > 1:
+        return 0.0
+    share = round(DEFAULT_SHARE * available_bytes() / 2**30, 1)
+    return share if share >= DEFAULT_LEAST_GIB else 0.0
 
 
 def config_of(server_args: Any) -> OscarConfig | None:

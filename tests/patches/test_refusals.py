@@ -215,6 +215,8 @@ def test_copies_take_a_share_of_the_memory_on_gpu_hosts(monkeypatch):
     assert wanted("cuda", "--oscar-host-gib", "0") == 0.0
     assert wanted("cuda", "--nnodes", "2") == 0.0, "stores of all ranks must be equal"
     assert wanted("cpu") == 0.0
+    monkeypatch.setattr("oscar_radix.patches.flags.available_bytes", lambda: 5 * 2**30)
+    assert wanted("cuda") == 0.0, "too little to be of use"
 
 
 # --kv-quant none -----------------------------------------------------------------------------------------------------
