@@ -14,6 +14,7 @@ from oscar_radix.codec import DEFAULT_RECIPE, RECIPES, get_recipe
 from oscar_radix.codec.parameters import parameter_bytes
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import Geometry
+from oscar_radix.policy import POLICIES
 
 SHAPES = {
     "SmolLM2-135M (D 64)": Geometry(layers=30, kv_heads=3, query_heads=9, head_dim=64),
@@ -25,14 +26,15 @@ SHAPES = {
 
 
 def measure(recipe_name: str, budget_bytes: int) -> dict[str, dict[str, float]]:
-    """Capacity ratio and effective bits of every shape, at the default hot fraction."""
+    """Capacity ratio and effective bits of every shape, at the default settings on a GPU."""
     recipe = get_recipe(recipe_name)
     config = OscarConfig(recipe=recipe_name)
     rows = {}
     for name, geometry in SHAPES.items():
         layout = recipe.layout(geometry.head_dim)
         parameters = parameter_bytes(recipe, geometry)
-        sizes = split_budget(budget_bytes, geometry, layout, config.hot_fraction, parameters, None, 8192)
+        by_mass = POLICIES[config.policy].by_mass
+        sizes = split_budget(budget_bytes, geometry, layout, config.hot_fraction, parameters, None, 8192, by_mass=by_mass, graphs=True)
         rows[name] = {
             "bf16_tokens": sizes.bf16_tokens,
             "tokens": sizes.tokens,
