@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from benchmarks.capacity import SHAPES
 from benchmarks.servers import SglangServer
 from oscar_radix.geometry import PAGE_TOKENS
-from tests.serving import quality
+from oscar_radix.pool.sample_storage import SampleStorage
+from tests.serving import client, quality
 from tests.serving.client import OSCAR_ARGS, WINDOW, cached, computed, flush, pages, piece, serve, settled
 from tests.serving.workload import converse
 
@@ -23,6 +25,12 @@ def attention(logs) -> Iterator[SglangServer]:
         yield server
 
 
+def sampled_query_bytes(budget_bytes: int) -> int:
+    """Room for sampled queries at fixed addresses, which only CUDA graphs need."""
+    shape = SHAPES["SmolLM2-135M (D 64)"]
+    return SampleStorage.bytes_of(shape, SampleStorage.queries_for(shape, budget_bytes)) if client.on_gpu else 0
+
+
 def test_conversations_leave_everything_in_order(attention, logs):
     """Concurrent multi-turn conversations, more of them than the tree and the hot pool hold."""
     flush(attention)
@@ -30,7 +38,8 @@ def test_conversations_leave_everything_in_order(attention, logs):
     report = settled(attention)
     print(f"levels {report['levels']}, demotions {report['demotions_by_level']}, mass {report['mass']}")
     assert report["policy"] == "attention"
-    assert 0 < report["allocated_bytes"]["mass"] < 0.1 * report["kv_budget_bytes"], "of a budget this small"
+    mass = report["allocated_bytes"]["mass"] - sampled_query_bytes(report["kv_budget_bytes"])
+    assert 0 < mass < 0.15 * report["allocated_bytes"]["hot_pool"]
     assert sum(report["allocated_bytes"].values()) <= report["kv_budget_bytes"]
     assert sum(report["levels"][level]["tokens"] for level in ("2", "4", "8")) > 0
     assert report["demotions_by_level"]["8"] > 0
