@@ -29,11 +29,11 @@ def measure(recipe_name: str, budget_bytes: int) -> dict[str, dict[str, float]]:
     """Capacity ratio and effective bits of every shape, at the default settings on a GPU."""
     recipe = get_recipe(recipe_name)
     config = OscarConfig(recipe=recipe_name)
+    by_mass = POLICIES[config.policy].by_mass
     rows = {}
     for name, geometry in SHAPES.items():
         layout = recipe.layout(geometry.head_dim)
         parameters = parameter_bytes(recipe, geometry)
-        by_mass = POLICIES[config.policy].by_mass
         sizes = split_budget(budget_bytes, geometry, layout, config.hot_fraction, parameters, None, 8192, by_mass=by_mass, graphs=True)
         rows[name] = {
             "bf16_tokens": sizes.bf16_tokens,

@@ -16,10 +16,11 @@ from benchmarks.gpu_servers import Report, parser, say, serving, summary, vocabu
 from benchmarks.server_load import Load, random_prompts, span
 from benchmarks.servers import ServerError
 from benchmarks.step import decode_run, warm_up
+from oscar_radix.config import OscarConfig
 
 TARGET = 0.015
-INTERVAL = 64
-"""Steps from one decision to the next, of the server's defaults."""
+INTERVAL = OscarConfig.policy_interval
+"""Steps from one decision to the next."""
 
 
 def run(policy: str, counts: list[int], args: Any, report: Report) -> None:

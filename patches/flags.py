@@ -60,35 +60,35 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-policy",
         choices=list(POLICIES),
-        default="attention",
+        default=OscarConfig.policy,
         help="What becomes of int8 rows outside the recent windows: 'none' drops them at once, 'window' keeps whole pages until the pool "
         "needs their bytes (more precise while it has room, slower), 'random' keeps 2 random rows a page, 'attention' keeps those "
-        "that attention reads most, --oscar-hot-rows a page. Default: attention.",
+        f"that attention reads most, --oscar-hot-rows a page. Default: {OscarConfig.policy}.",
     )
     group.add_argument(
         "--oscar-policy-interval",
         type=int,
-        default=64,
-        help="Forwards between two decisions of --oscar-policy attention. Default: 64.",
+        default=OscarConfig.policy_interval,
+        help=f"Forwards between two decisions of --oscar-policy attention. Default: {OscarConfig.policy_interval}.",
     )
     group.add_argument(
         "--oscar-hot-rows",
         type=float,
-        default=1.0,
+        default=OscarConfig.hot_rows,
         help="int8 rows that the pages which are read keep on average under --oscar-policy attention, more where attention is and none "
-        "where it is not: every step reads them, so fewer are faster and more are more precise. Default: 1.0.",
+        f"where it is not: every step reads them, so fewer are faster and more are more precise. Default: {OscarConfig.hot_rows}.",
     )
     group.add_argument(
         "--oscar-recent-tokens",
         type=int,
-        default=256,
-        help=f"Tokens before the end of a sequence that stay at int8; a multiple of {PAGE_TOKENS}. Default: 256.",
+        default=OscarConfig.recent_tokens,
+        help=f"Tokens before the end of a sequence that stay at int8; a multiple of {PAGE_TOKENS}. Default: {OscarConfig.recent_tokens}.",
     )
     group.add_argument(
         "--oscar-hot-fraction",
         type=float,
-        default=0.12,
-        help="Share of the KV byte budget for the pool of int8 rows. Default: 0.12.",
+        default=OscarConfig.hot_fraction,
+        help=f"Share of the KV byte budget for the pool of int8 rows. Default: {OscarConfig.hot_fraction}.",
     )
     group.add_argument(
         "--oscar-host-gib",
@@ -101,9 +101,9 @@ def add_flags(_result: None, parser: ArgumentParser) -> None:
     group.add_argument(
         "--oscar-fold-values",
         choices=list(FOLD_VALUES),
-        default="auto",
+        default=OscarConfig.fold_values,
         help="'auto' folds the rotation of V into the value and output projections where the model allows it (faster; weights then cannot "
-        "be updated or exported while the server runs), 'off' rotates at run time. Default: auto.",
+        f"be updated or exported while the server runs), 'off' rotates at run time. Default: {OscarConfig.fold_values}.",
     )
 
 
@@ -122,7 +122,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
             hot_rows=args.oscar_hot_rows,
             recent_tokens=args.oscar_recent_tokens,
             hot_fraction=args.oscar_hot_fraction,
-            host_gib=_host_gib(args, device) if copies_used else args.oscar_host_gib or 0.0,
+            host_gib=_host_gib(args, device, copies_used),
             fold_values=args.oscar_fold_values,
         )
         refuse_device(device, config.recipe)
@@ -146,11 +146,12 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: Namespace) -> A
     return server_args
 
 
-def _host_gib(args: Namespace, device: str) -> float:
-    """What --oscar-host-gib says, or its default. Ranks must have equal stores, so several machines get none by default."""
+def _host_gib(args: Namespace, device: str, used: bool) -> float:
+    """What --oscar-host-gib says, or its default: none where it is not `used` (`refuse_host_store`), nor on several machines, since all
+    ranks must have equal stores."""
     if args.oscar_host_gib is not None:
         return args.oscar_host_gib
-    if device != "cuda" or args.nnodes > 1:
+    if device != "cuda" or args.nnodes > 1 or not used:
         return 0.0
     share = round(DEFAULT_SHARE * available_bytes() / 2**30, 1)
     return share if share >= DEFAULT_LEAST_GIB else 0.0

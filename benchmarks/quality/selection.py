@@ -11,8 +11,10 @@ from oscar_radix.pool.hot_pool import BLOCK_ROWS
 BUDGET_LEVELS = (0, 2, 4, 8, 16)
 """Hot rows a page that a budget of a layer, a head or a page may take."""
 
-BUDGETS = ("layer-budget", "head-budget", "page-budget", "server")
-GRANULARITIES = ("page", "prefix", "global", "layer-rows", "model-rows", "whole-pages", *BUDGETS)
+GRANULARITIES = (
+    *("page", "prefix", "global", "layer-rows", "model-rows", "whole-pages"),
+    *("layer-budget", "head-budget", "page-budget", "server"),
+)
 
 
 def choose(policy: str, scores: Tensor, rows: float, granularity: str = "page", seed: int = 0) -> Tensor:

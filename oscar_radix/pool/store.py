@@ -7,6 +7,7 @@ import torch
 
 from oscar_radix.codec.base import Codec
 from oscar_radix.codec.layout import RecordLayout
+from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy.base import LEVELS, Policy
 from oscar_radix.pool.base_records import BaseRecords
@@ -52,8 +53,8 @@ class KVStore:
         policy: Policy,
         recent_tokens: int,
         device: torch.device | str,
-        policy_interval: int = 32,
-        hot_rows: float = 8.0,
+        policy_interval: int = OscarConfig.policy_interval,
+        hot_rows: float = OscarConfig.hot_rows,
         sampled_queries: int = 0,
         host_pages: int = 0,
     ):

@@ -49,8 +49,7 @@ def random_store(geometry: Geometry, pages: int, seed: int, device: str = "cpu",
             scores = torch.rand(len(members), geometry.layers, geometry.kv_heads, PAGE_TOKENS, generator=draw)
             hot.shrink(members, level, scores.to(device))
         else:
-            for page in members.tolist():
-                hot.release(page)
+            hot.release(members)
     hot.sync_tables()
     whole = torch.from_numpy(hot.block_table[hot.levels == PAGE_TOKENS].flatten().astype(np.int64)).to(device)
     hot.row_numbers[:, whole] = 7  # row r of a whole page is token r, whatever this says

@@ -209,12 +209,13 @@ def test_a_host_store_must_fit_the_machine_and_be_of_use():
 
 def test_copies_take_a_share_of_the_memory_on_gpu_hosts(monkeypatch):
     monkeypatch.setattr("oscar_radix.patches.flags.available_bytes", lambda: 50 * 2**30)
-    wanted = lambda device, *args: _host_gib(_namespace(*OSCAR, *args), device)  # noqa: E731
+    wanted = lambda device, *args: _host_gib(_namespace(*OSCAR, *args), device, used=True)  # noqa: E731
     assert wanted("cuda") == 5.0
     assert wanted("cuda", "--oscar-host-gib", "2") == 2.0
     assert wanted("cuda", "--oscar-host-gib", "0") == 0.0
     assert wanted("cuda", "--nnodes", "2") == 0.0, "stores of all ranks must be equal"
     assert wanted("cpu") == 0.0
+    assert _host_gib(_namespace(*OSCAR), "cuda", used=False) == 0.0
     monkeypatch.setattr("oscar_radix.patches.flags.available_bytes", lambda: 5 * 2**30)
     assert wanted("cuda") == 0.0, "too little to be of use"
 
