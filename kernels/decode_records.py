@@ -94,33 +94,29 @@ def _load_page(k_ptr, v_ptr, s_ptr, record, g, t, D: tl.constexpr):
 
 
 @triton.jit
-def _key_masks(masks_ptr, t, D: tl.constexpr):
-    """Masks of the even planes and of the odd ones, of the lane's bytes: two words each (D = 64: one each, twice).
-
-    The widths of the two nibbles of a byte are alike (`codec.allocation`), so planes 0 and 2 share masks, and 1 and 3.
-    """
+def key_masks(masks_ptr, t, D: tl.constexpr = 128):
+    """Masks of the lane's bytes. D = 128: planes 0, 1, 2 of its even word, whose plane 3 has 2 bits, and planes 0, 1 of its odd one,
+    whose planes 2, 3 are like them (`codec.allocation`). D = 64: the four planes of its word."""
     at = (masks_ptr + (D // 16) * t).to(tl.pointer_type(tl.int32))
-    even = tl.load(at)
-    odd = tl.load(at + D // 16)
-    if D == 128:
-        return even, tl.load(at + 1), odd, tl.load(at + 9)
-    return even, even, odd, odd
+    row: tl.constexpr = D // 16
+    masks = (tl.load(at), tl.load(at + row), tl.load(at + 2 * row))
+    return masks + ((tl.load(at + 1), tl.load(at + row + 1)) if D == 128 else (tl.load(at + 3 * row),))
 
 
 @triton.jit
-def _scores(w0, w1, query, even0, even1, odd0, odd1, D: tl.constexpr = 128):
+def _scores(w0, w1, query, masks, D: tl.constexpr = 128):
     """Fixed-point scores of 8 tokens: sum of query * operand for tokens 2t and 2t + 1 of the row's head, float32."""
     magic = tl.full([32], 0x4B400000, tl.int32)
     zero = tl.zeros([32], tl.int32)
     c = (zero, zero, magic, magic)
     if D == 128:
-        c = mma_int8((query[0], query[1], query[2], query[3]), w0 & even0, w1 & even1, c)
-        c = mma_int8((query[4], query[5], query[6], query[7]), (w0 >> 2) & odd0, (w1 >> 2) & odd1, c)
-        c = mma_int8((query[8], query[9], query[10], query[11]), (w0 >> 4) & even0, (w1 >> 4) & even1, c)
-        c = mma_int8((query[12], query[13], query[14], query[15]), (w0 >> 6) & odd0, (w1 >> 6) & odd1, c)
+        c = mma_int8((query[0], query[1], query[2], query[3]), w0 & masks[0], w1 & masks[3], c)
+        c = mma_int8((query[4], query[5], query[6], query[7]), (w0 >> 2) & masks[1], (w1 >> 2) & masks[4], c)
+        c = mma_int8((query[8], query[9], query[10], query[11]), (w0 >> 4) & masks[2], (w1 >> 4) & masks[3], c)
+        c = mma_int8((query[12], query[13], query[14], query[15]), (w0 >> 6) & 0x03030303, (w1 >> 6) & masks[4], c)
     else:
-        c = mma_int8((query[0], query[1], query[2], query[3]), w0 & even0, (w0 >> 2) & odd0, c)
-        c = mma_int8((query[4], query[5], query[6], query[7]), (w0 >> 4) & even0, (w0 >> 6) & odd0, c)
+        c = mma_int8((query[0], query[1], query[2], query[3]), w0 & masks[0], (w0 >> 2) & masks[1], c)
+        c = mma_int8((query[4], query[5], query[6], query[7]), (w0 >> 4) & masks[2], (w0 >> 6) & masks[3], c)
     # 1.5 * 2**23 + n as a float has the bits 0x4B400000 + n: the integer sum becomes a float by one subtraction.
     first = (c[0] * 128 + c[2]).to(tl.float32, bitcast=True) - 12582912.0
     second = (c[1] * 128 + c[3]).to(tl.float32, bitcast=True) - 12582912.0
@@ -171,7 +167,7 @@ def _tail(unwritten):
 
 @triton.jit
 def read_records(
-    query_ptr, k_ptr, v_ptr, s_ptr, hot_mask_ptr, key_step, key_zero, key_masks, pages_ptr, tokens, first, last, head,
+    query_ptr, k_ptr, v_ptr, s_ptr, hot_mask_ptr, key_step, key_zero, masks_ptr, pages_ptr, tokens, first, last, head,
     out_ptr, lse_ptr, columns, members, softmax_scale, Hkv: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Pages first..last - 1 of a sequence of `tokens` tokens, hot tokens left out, for `members` (1..8) query heads.
@@ -188,7 +184,7 @@ def read_records(
     k, v, s = _load_page(k_ptr, v_ptr, s_ptr, record, g, t, D)
     query, offset, unit = _query_operands(query_ptr, key_step + head * D, key_zero + head * D, tl.minimum(g, members - 1), t, D)
     exponent = unit * softmax_scale * 1.4426950408889634
-    even0, even1, odd0, odd1 = _key_masks(key_masks + head * D, t, D)
+    masks = key_masks(masks_ptr + head * D, t, D)
     top = tl.full([32], NONE, tl.float32)
     total = tl.zeros([32], tl.float32)
     shift = tl.zeros([32], tl.float32)
@@ -203,7 +199,7 @@ def read_records(
             scores = ()
             scales = ()
             for n in tl.static_range(4):
-                d0, d1 = _scores(k[(D // 64) * n], k[(D // 64) * n + D // 64 - 1], query, even0, even1, odd0, odd1, D)
+                d0, d1 = _scores(k[(D // 64) * n], k[(D // 64) * n + D // 64 - 1], query, masks, D)
                 ks0, vs0 = unpack_half2(s[2 * n])
                 ks1, vs1 = unpack_half2(s[2 * n + 1])
                 s0 = (d0 - offset) * ks0

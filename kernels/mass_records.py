@@ -7,7 +7,7 @@ eight lanes of its column, one head each; three exchanges sum them, and every la
 import triton
 import triton.language as tl
 
-from oscar_radix.kernels.decode_records import _query_operands, _scores, _tail
+from oscar_radix.kernels.decode_records import _query_operands, _scores, _tail, key_masks
 from oscar_radix.kernels.warp import exp2, load2, shuffle, unpack_half2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -23,7 +23,7 @@ def _head_sum(x, lane):
 
 @triton.jit(do_not_specialize=["record_pages", "slots", "count", "nearest"])
 def mass_records(
-    query_ptr, lse_ptr, k_ptr, s_ptr, hot_mask_ptr, key_step, key_zero, key_masks, lengths_ptr, entries, chunks, mass_ptr, visits_ptr,
+    query_ptr, lse_ptr, k_ptr, s_ptr, hot_mask_ptr, key_step, key_zero, masks_ptr, lengths_ptr, entries, chunks, mass_ptr, visits_ptr,
     query_stride, lse_stride, record_pages, slots, count, nearest, softmax_scale, Hkv: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
@@ -43,11 +43,7 @@ def mass_records(
     parameters = (layer * Hkv + head) * 128
     query, offset, unit = _query_operands(query_ptr + layer * query_stride, key_step + parameters, key_zero + parameters, row, t)
     exponent = unit * softmax_scale * LOG2_E
-    masks_at = (key_masks + parameters + 8 * t).to(tl.pointer_type(tl.int32))
-    even0 = tl.load(masks_at)
-    even1 = tl.load(masks_at + 1)
-    odd0 = tl.load(masks_at + 8)
-    odd1 = tl.load(masks_at + 9)
+    masks = key_masks(masks_ptr + parameters, t)
     # The lane's token: of columns 2t and 2t + 1 of the eight tokens n, n = g % 4.
     token = 8 * (g % 4) + 2 * t + g // 4
     first_query = tl.load(lse_ptr + request * (Hkv * G))
@@ -62,7 +58,7 @@ def mass_records(
             for n in tl.static_range(4):
                 k0, k1 = load2(k_ptr + record * 1024 + (8 * n + g) * 32 + 8 * t)
                 scale0, scale1 = load2(s_ptr + record * 128 + (8 * n + 2 * t) * 4)
-                d0, d1 = _scores(k0, k1, query, even0, even1, odd0, odd1)
+                d0, d1 = _scores(k0, k1, query, masks)
                 ks0, _ = unpack_half2(scale0)
                 ks1, _ = unpack_half2(scale1)
                 p0 = tl.minimum(exp2((d0 - offset) * ks0 * exponent + base), 1.0)

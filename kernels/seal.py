@@ -69,9 +69,9 @@ def _seal(
             x = tl.load(k8 + row[:, None] * D + plane * Q + channel[None, :])
             top = tl.load(top_ptr + at)
             code = _codes(x, ratio, tl.load(inverse_step + at), top)
-            # A 1-bit code has mask 2: it stands one bit higher (see `codec.packing`).
-            lift = (tl.load(masks_ptr + at).to(tl.int32) == 2).to(tl.int32)
-            packed |= (code << lift[None, :]) << (2 * plane)
+            # A code starts at the lowest bit of its mask (see `codec.packing`).
+            mask = tl.load(masks_ptr + at).to(tl.int32)
+            packed |= (code * (mask & -mask)[None, :]) << (2 * plane)
         tl.store(k_codes + record[:, None] * Q + channel[None, :], packed.to(tl.uint8))
 
         energy = tl.zeros([PAGE], tl.float64)
@@ -82,10 +82,16 @@ def _seal(
         wide = v_row.to(tl.float32)
         ratio = tl.where(wide > 0, tl.div_rn(v_scale.to(tl.float32), tl.where(wide > 0, wide, 1.0)), 0.0)
         packed = tl.zeros([PAGE, Q], tl.int32)
+        along = tl.zeros([PAGE], tl.int32)
         ones = tl.full([Q], 1.0, tl.float32)
         for plane in tl.static_range(4):
             x = tl.load(v8 + row[:, None] * D + value_channels(plane, D)[None, :])
-            packed |= _codes(x, ratio, ones, ones * 3.0) << (2 * plane)
+            code = _codes(x, ratio, ones, ones * 3.0)
+            packed |= code << (2 * plane)
+            along += tl.sum(x.to(tl.int32) * (2 * code - 3), 1)
+        # The scale at which the codes are read without bias (`codec.uniform.unbiased_scale`).
+        gain = tl.where(along > 0, 2.0 * energy / tl.maximum(along, 1).to(tl.float64), 0.0)
+        v_row = tl.minimum(gain * v_scale.to(tl.float64), 65504.0).to(tl.float32).to(tl.float16)
         tl.store(v_codes + record[:, None] * Q + channel[None, :], packed.to(tl.uint8))
         tl.store(scales + record * 2, k_row)
         tl.store(scales + record * 2 + 1, v_row)

@@ -16,9 +16,10 @@ GEOMETRY = Geometry(layers=2, kv_heads=3, query_heads=6, head_dim=64)
 
 
 def random_qkv(geometry: Geometry, tokens: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [T, Hq, D], k and v [T, Hkv, D] in bf16, with unequal channels and a key mean, as real models have."""
+    """q [T, Hq, D], k and v [T, Hkv, D] in bf16, with unequal channels, two outliers and a key mean, as real models have."""
     dim = geometry.head_dim
     spread = torch.logspace(0.5, -0.8, dim)
+    spread[:2] *= 4
     q = torch.randn(tokens, geometry.query_heads, dim, generator=generator)
     k = torch.randn(tokens, geometry.kv_heads, dim, generator=generator) * spread + 1.5
     v = torch.randn(tokens, geometry.kv_heads, dim, generator=generator)

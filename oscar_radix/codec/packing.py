@@ -1,8 +1,9 @@
 """Codes to bytes and back: one shift and one mask on the packed bytes gives an operand, whatever the widths.
 
-A K row of D channels takes D/4 bytes. Byte x holds the four channels i * D/4 + x, i = 0..3, two in each nibble; the two share
-the nibble's 4 bits as 2 + 2, 3 + 1 or 4 + 0. Its *operand* i is (byte >> 2i) & mask[i, x]. Masks for i even: 3, 7 or 15;
-for i odd: 3, 2 or 0. So a 1-bit code reads as 0 or 2, which its static step makes good, and a 0-bit channel reads as 0.
+A K row of D channels takes D/4 bytes. Byte x holds the four channels i * D/4 + x, i = 0..3 (planes), one above the other, 8 bits
+together; the bits of plane i start at bit 2i or above. Its *operand* i is (byte >> 2i) & mask[i, x]: the code, shifted by the
+bits that it starts above 2i, which its static step makes good; a 0-bit channel reads as 0. Widths 2 2 2 2, 4 0 4 0 and 6 0 0 2 have
+no shifts; of 3 1 3 1 the 1-bit codes read as 0 or 2, of 5 0 1 2 one does.
 With every channel at 2 bits and D = 128 this is: byte x, bits 2i = channel 32i + x.
 A V row is D/8 little-endian 16-bit words, 2 bits a channel: bits 2i of word e = channel (D/8) * i + e.
 """
@@ -13,37 +14,34 @@ from torch import Tensor
 PLANES = 4
 """Operands in a byte of K."""
 
-NIBBLE_WIDTHS = ((2, 2), (3, 1), (4, 0))
-"""Widths of the two channels that may share a nibble."""
+BYTE_BITS = 8
 
 
 class KeyPacking:
     """Masks and shifts of K rows, from the widths of their channels.
 
     Args:
-        widths: integer [..., D] in 0..4, D a multiple of 4.
+        widths: integer [..., D], D a multiple of 4.
 
     Attributes:
         masks: uint8 [..., 4, D/4], of the operands.
-        lifts: uint8 [..., 4, D/4]: an operand is its code shifted left by this (1 for 1-bit channels, else 0).
+        lifts: uint8 [..., 4, D/4]: an operand is its code shifted left by this.
 
     Raises:
-        ValueError: when the two channels of a nibble do not share its bits as 2 + 2, 3 + 1 or 4 + 0.
+        ValueError: when the four channels of a byte have other than 8 bits, or one of them starts below its plane.
     """
 
     def __init__(self, widths: Tensor) -> None:
         if widths.shape[-1] % PLANES:
             raise ValueError(f"a K row has {widths.shape[-1]} channels; it must be a multiple of {PLANES}")
         planes = widths.long().unflatten(-1, (PLANES, -1))
-        high, low = planes[..., 0::2, :], planes[..., 1::2, :]
-        allowed = torch.zeros_like(high, dtype=torch.bool)
-        for first, second in NIBBLE_WIDTHS:
-            allowed |= (high == first) & (low == second)
-        if not bool(allowed.all()):
-            pairs = torch.stack((high[~allowed], low[~allowed]), -1).unique(dim=0).tolist()
-            raise ValueError(f"channels that share a nibble must have widths {list(NIBBLE_WIDTHS)}, got {pairs}")
-        self.lifts = torch.zeros_like(planes, dtype=torch.uint8)
-        self.lifts[..., 1::2, :] = (low == 1).to(torch.uint8)
+        ends = planes.cumsum(-2)
+        lifts = ends - planes - 2 * torch.arange(PLANES, device=widths.device).unsqueeze(-1)
+        wrong = ((lifts < 0) & (planes > 0)).any(-2) | (ends[..., -1, :] != BYTE_BITS) | (planes < 0).any(-2)
+        if bool(wrong.any()):
+            bytes_ = planes.movedim(-2, -1)[wrong].unique(dim=0).tolist()
+            raise ValueError(f"channels that share a byte must have {BYTE_BITS} bits together, those of plane i from bit 2i on; got widths {bytes_}")
+        self.lifts = torch.where(planes > 0, lifts, 0).to(torch.uint8)
         self.masks = (((1 << planes) - 1) << self.lifts.long()).to(torch.uint8)
 
     @classmethod

@@ -14,7 +14,8 @@ class SteppedCodec(Codec):
     """K: widths and steps per (layer, KV head, channel); level = (operand - key_zero) * key_step * scale. V: 2 bits everywhere.
 
     The K scale is the row's root mean square over its coded channels, each divided by its calibrated deviation, times
-    `uniform.ROW_STRETCH`; the V scale is the row's step itself. Scales of a record: K, V.
+    `uniform.ROW_STRETCH`; V is coded in a step made likewise, and its scale is the step at which it is read without bias
+    (`uniform.unbiased_scale`). Scales of a record: K, V.
     key_step, key_zero: float32 [L, H, D], of operands; key_masks: uint8 [L, H, 4, D/4] (`packing`). A kernel folds key_step into
     the query.
     """
@@ -30,7 +31,7 @@ class SteppedCodec(Codec):
         self.key_masks = self._keep("key_masks", packing.masks)
         lifts = self._keep("key_lifts", packing.lifts)
         self._packing = [KeyPacking.of(masks.unsqueeze(1), layer.unsqueeze(1)) for masks, layer in zip(self.key_masks, lifts, strict=True)]
-        gaussian = torch.tensor([uniform.GAUSSIAN_STEP[w] for w in range(5)], dtype=torch.float64)[widths]
+        gaussian = torch.tensor([uniform.GAUSSIAN_STEP[w] for w in sorted(uniform.GAUSSIAN_STEP)], dtype=torch.float64)[widths]
         top = 2.0**widths - 1
         lift = 2.0 ** packing.lifts.flatten(-2).double()
         self.key_top = self._keep("key_top", top.float())
@@ -55,6 +56,7 @@ class SteppedCodec(Codec):
         k_codes = uniform.encode(k_rows, k_scale, k_row, self._inverse_step[layer].unsqueeze(1), self.key_top[layer].unsqueeze(1))
         v_row = uniform.row_scale(v_rows, v_scale, self._value_weights, self._value_unit)
         v_codes = uniform.encode(v_rows, v_scale, v_row, self._value_step, self._value_top)
+        v_row = uniform.unbiased_scale(v_rows, v_scale, v_codes)
         return self._packing[layer].pack(k_codes), pack_values(v_codes), torch.stack((k_row, v_row), -1)
 
     def open(self, layer: int, k_codes: Tensor, v_codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,49 +1,78 @@
 """Widths by reverse water-filling."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oscar_radix.codec.allocation import best_counts, place
+from oscar_radix.codec.allocation import NARROW, OPERAND_SUM_MAX, PATTERNS, WIDE, best_counts, expected_error, operand_top, place
+from oscar_radix.codec.packing import KeyPacking
 from oscar_radix.codec.uniform import GAUSSIAN_MSE
 
+EVEN = [0] * (len(WIDE) - 1) + [1, 0, 0, 1]
 
-@given(st.sampled_from([64, 128, 256]), st.data())
-def test_places_are_a_permutation_with_two_bits_a_channel(dim, data):
-    fours = 2 * data.draw(st.integers(0, dim // 4))
-    threes = 2 * data.draw(st.integers(0, (dim // 2 - fours) // 2))
-    order, widths = place(fours, threes, dim)
+
+@st.composite
+def byte_counts(draw):
+    """(D, bytes of each pattern)."""
+    dim = draw(st.sampled_from([64, 128, 256]))
+    kinds = [draw(st.lists(st.sampled_from(range(len(kind))), min_size=dim // 8, max_size=dim // 8)) for kind in (WIDE, NARROW)]
+    return dim, [kinds[0].count(i) for i in range(len(WIDE))] + [kinds[1].count(i) for i in range(len(NARROW))]
+
+
+@given(byte_counts())
+def test_places_are_a_permutation_with_two_bits_a_channel(counted):
+    dim, counts = counted
+    order, widths = place(counts, dim)
     assert torch.equal(order.sort().values, torch.arange(dim))
     assert int(widths.sum()) == 2 * dim
-    assert [int((widths == w).sum()) for w in (4, 3, 2, 1, 0)] == [fours, threes, dim - 2 * (fours + threes), threes, fours]
     # The larger a channel's variance, the more bits it has.
     assert (widths[order.argsort()].diff() <= 0).all()
+    # What the kernels rely on: half of the words have 2 bits in their last plane, the other half two nibbles that are alike.
+    masks = KeyPacking(widths).masks.view(4, -1, 2, 4)
+    assert (masks[3, :, 0] == 3).all()
+    assert torch.equal(masks[:2, :, 1], masks[2:, :, 1])
 
 
 def test_equal_variances_get_equal_widths():
-    assert best_counts(torch.ones(2, 64, dtype=torch.float64)).tolist() == [[0, 0], [0, 0]]
+    assert best_counts(torch.ones(2, 64, dtype=torch.float64)).tolist() == [[8 * n for n in EVEN]] * 2
 
 
 def test_hand_worked_allocation():
-    # Variances 16, 4, 1, .25 for 16 channels each, mse .0115 .0374 .1188 .3634 1 (4 to 0 bits). The candidates, per 16 channels:
-    # all 4/0: .185 + .046 + 1 + .25 = 1.481; 3/1: .599 + .150 + .363 + .091 = 1.203;
-    # 16 of 4, 16 of 3, 1, 0: .185 + .150 + .363 + .25 = .948.
-    variances = torch.tensor([16.0, 4, 1, 0.25], dtype=torch.float64).repeat_interleave(16)
-    assert best_counts(variances).tolist() == [16, 16]
+    # D = 32, two channels of variance 512, the rest 1. Each of the two in a byte of its own, that byte's error beside 2 bits for two:
+    # 6 + 0 + 0 + 2: 512 * .00104 + 2 = 2.53; 5 + 0 + 1 + 2: 512 * .0035 + 1.36 = 3.15; 4 + 0 + 2 + 2: 512 * .0115 + 1.12 - .24 = 6.8.
+    variances = torch.tensor([512.0] * 2 + [1.0] * 30, dtype=torch.float64)
+    counts = best_counts(variances).tolist()
+    assert counts == [2, 0, 0, 0, 0, 0, 2, 0, 0, 4]
+    error = 1024 * GAUSSIAN_MSE[6] + 4 * GAUSSIAN_MSE[0] + 26 * GAUSSIAN_MSE[2]
+    assert float(expected_error(torch.tensor(counts), variances)) == pytest.approx(error)
 
 
-def test_no_allocation_is_better():
-    variances = torch.logspace(1, -2, 16, dtype=torch.float64)
-    fours, threes = best_counts(variances).tolist()
+@given(st.floats(0.2, 5), st.integers(0, 2**31))
+def test_no_allocation_is_much_better(spread, seed):
+    """Against all of a small row, D = 32: four wide bytes and four narrow ones."""
+    noise = torch.randn(32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    variances = (spread * noise).exp().sort(descending=True).values
+    kinds = [
+        [[chosen.count(i) for i in range(len(kind))] for chosen in itertools.combinations_with_replacement(range(len(kind)), 4)]
+        for kind in (WIDE, NARROW)
+    ]
+    every = torch.tensor([wide + narrow for wide in kinds[0] for narrow in kinds[1]])
+    best = float(expected_error(every, variances).min())
+    assert best <= float(expected_error(best_counts(variances), variances)) <= 1.05 * best
 
-    def error(a: int, b: int) -> float:
-        widths = [4] * a + [3] * b + [2] * (16 - 2 * a - 2 * b) + [1] * b + [0] * a
-        return sum(float(v) * GAUSSIAN_MSE[w] for v, w in zip(variances, widths, strict=True))
 
-    assert error(fours, threes) == min(error(a, b) for a in range(0, 9, 2) for b in range(0, 9 - a, 2))
+@given(st.floats(0, 12), st.integers(0, 2**31))
+def test_operands_stay_within_what_fixed_point_scores_can_hold(spread, seed):
+    noise = torch.randn(128, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    counts = best_counts((spread * noise).exp().sort(descending=True).values)
+    assert int((counts * torch.tensor([operand_top(pattern) for pattern in PATTERNS])).sum()) <= OPERAND_SUM_MAX
+    masks = KeyPacking(place(counts.tolist(), 128)[1]).masks
+    assert int(masks.sum()) <= OPERAND_SUM_MAX
 
 
 def test_impossible_counts_are_refused():
-    with pytest.raises(ValueError, match="33 channels of 4 bits and 0 of 3 do not fit 64"):
-        place(33, 0, 64)
+    with pytest.raises(ValueError, match="a row of 64 channels has 8 bytes of each kind"):
+        place([9, 0, 0, 0, 0, 0, 0, 0, 0, 7], 64)

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from oscar_radix.codec.uniform import GAUSSIAN_MSE, GAUSSIAN_STEP, decode_, encode, energy_weights, row_scale
+from oscar_radix.codec.uniform import GAUSSIAN_MSE, GAUSSIAN_STEP, decode_, encode, energy_weights, row_scale, unbiased_scale
 
 
 def quantise(codes, scale, sigma, widths):
@@ -47,7 +49,7 @@ def test_rounding_is_half_up_and_zero_rows_stay_zero():
     assert quantise([0] * 4, 0.0, [1.0] * 4, [2] * 4)[2].tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6])
 def test_steps_and_errors_are_the_optimum_for_a_gaussian(width):
     x = torch.linspace(-10, 10, 400001, dtype=torch.float64)
     density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
@@ -70,3 +72,17 @@ def test_row_scale_is_exact_in_any_order():
     order = torch.randperm(256, generator=draw)
     scale, unit = torch.ones(100, dtype=torch.float16), torch.tensor(1e-12, dtype=torch.float64)
     assert torch.equal(row_scale(codes, scale, weights, unit), row_scale(codes[:, order], scale, weights[order], unit))
+
+
+@given(st.integers(1, 64), st.integers(0, 2**31))
+def test_rows_are_read_as_long_as_they_are(dim, seed):
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-127, 128, (20, dim), generator=draw, dtype=torch.int8)
+    rows[0] = 0
+    scale = torch.rand(20, generator=draw).add(0.01).half()
+    top = torch.full((dim,), 3.0)
+    coded = encode(rows, scale, scale * 100, torch.ones(dim), top)
+    read = decode_(coded.float(), unbiased_scale(rows, scale, coded), torch.ones(dim), top / 2)
+    exact = rows.float() * scale.float().unsqueeze(-1)
+    torch.testing.assert_close((read * exact).sum(-1), exact.square().sum(-1), rtol=2**-10, atol=0)
+    assert not read[0].any()
