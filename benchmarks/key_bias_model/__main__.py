@@ -6,7 +6,7 @@ Models of this kind (Qwen2.5) come from a model hub only; this one is made from 
 
 1. A Qwen2 of SmolLM2's sizes and head dim 128 takes over its weights so that it computes the same function: RoPE pair j of 64 channels is
    pair 2j of 128, queries grow by sqrt(2) as the softmax scale falls.
-2. The odd RoPE pairs get random projections: keys of half the deviation of the head's other keys, queries of a tenth. New value channels
+2. Odd RoPE pairs take over half of what the pair before them does in the scores, with random projections added. New value channels
    get random projections of full deviation, read by nothing at first. Key biases are normal: in the 10 slowest of 64 RoPE pairs with ten
    times the deviation of the head's keys, as Qwen2.5 has them, elsewhere with once. Biases of q and v are zero. All is trainable.
 3. It is distilled from SmolLM2 over sources and documents of the installed Python packages, without those that the benchmarks read: KL,
@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.key_bias_model.corpus import Stream, installed_folders, training_files, training_texts
 from benchmarks.key_bias_model.distil import LONG, Plan, distil
-from benchmarks.key_bias_model.report import held_out, use_of_keys
+from benchmarks.key_bias_model.report import held_out, use_of_keys, without
 from benchmarks.key_bias_model.widen import fill, widen
 from benchmarks.quality.texts import prose
 from oscar_radix.calibration.collect import load_model
@@ -94,8 +94,10 @@ def main() -> None:
     student, teacher = load_model(args.out, args.device, torch.float32)[0], teacher.float()
     essay = torch.tensor(tokenise([prose()])[0], device=args.device)
     quality, keys = held_out(student, teacher, essay, args.sequence), use_of_keys(student, essay)
+    needed = {what: held_out(without(student, what), teacher, essay, args.sequence)["kl"] for what in ("new queries", "key biases")}
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    report = {"arguments": given, "device": _device_name(args.device), **asdict(trained), "held_out": quality, "keys": keys}
+    report = {"arguments": given, "device": _device_name(args.device), **asdict(trained)}
+    report |= {"held_out": quality, "kl_without": needed, "keys": keys}
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
     say(f"{trained.steps} steps, {trained.tokens} tokens, {trained.seconds:.0f} s: KL {trained.first_kl:.4f} -> {trained.kl:.4f}")
@@ -103,6 +105,7 @@ def main() -> None:
         f"held-out prose, {quality['tokens']} tokens: KL {quality['kl']:.4f}, perplexity {quality['student_perplexity']:.3f},"
         f" teacher's {quality['teacher_perplexity']:.3f}"
     )
+    say("KL " + ", ".join(f"without {what} {kl:.3f}" for what, kl in needed.items()))
     say("layer  |key bias| / deviation of keys: mean, max   variance of keys in new channels")
     for number, row in enumerate(keys):
         say(f"{number:5d}  {row['bias_mean']:38.2f} {row['bias_max']:6.1f} {row['new_key_variance']:34.1%}")

@@ -1,5 +1,6 @@
 """How near a trained model is to its teacher, and how much it uses its new channels and key biases."""
 
+import copy
 import math
 from typing import Any
 
@@ -27,6 +28,22 @@ def held_out(student: Any, teacher: Any, ids: Tensor, sequence: int) -> dict[str
             positions += len(following)
     perplexities = {f"{name}_perplexity": math.exp(loss / positions) for name, loss in losses.items()}
     return {"tokens": positions, "kl": kl / positions, **perplexities}
+
+
+@torch.no_grad()
+def without(student: Any, what: str) -> Any:
+    """A copy of `student` without its `new queries` (so that scores do without the new channels), or without its `key biases`."""
+    less = copy.deepcopy(student)
+    head_dim = less.config.head_dim
+    new = torch.ones(head_dim, dtype=torch.bool)
+    new[rotary_channels(head_dim // 2)] = False
+    for layer in less.model.layers:
+        if what == "key biases":
+            layer.self_attn.k_proj.bias.zero_()
+        else:
+            for parameter in (layer.self_attn.q_proj.weight, layer.self_attn.q_proj.bias):
+                parameter.unflatten(0, (-1, head_dim))[:, new.to(parameter.device)] = 0
+    return less
 
 
 def _named(student: Any, teacher: Any) -> tuple[tuple[str, Any], ...]:

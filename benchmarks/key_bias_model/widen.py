@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-KEY_SHARE, QUERY_SHARE, VALUE_SHARE = 0.5, 0.1, 1.0
-"""Deviation of new channels, in deviations of the head's old ones. Keys and values are made large enough that a cache has to keep them;
-queries small, so that what they read in the new key channels disturbs the scores of the teacher little."""
+NOISE_SHARE, VALUE_SHARE = 0.3, 1.0
+"""Deviation of random projections in new channels, in deviations of the head's old ones."""
 SLOW_BIAS, FAST_BIAS = 10.0, 1.0
 """Deviation of key biases, in deviations of the head's keys: in the slowest RoPE pairs, where Qwen2.5 has its large ones, and elsewhere."""
 SLOW_PAIRS = 10 / 64
@@ -82,9 +81,10 @@ def deviations(weight: Tensor, inputs: Tensor, head_dim: int) -> Tensor:
 
 @torch.no_grad()
 def fill(model: Qwen2ForCausalLM, ids: Tensor, seed: int) -> None:
-    """Give a model just widened its random new channels and key biases, in units measured on `ids` [tokens].
+    """Give a model just widened its new channels and key biases, in units measured on `ids` [tokens].
 
-    The columns of o_proj that read new values stay zero until they are trained.
+    Every RoPE pair of q and k is shared by two, itself and the next, which turns a little slower: each half of the scores, so that no
+    channel can be done without. The columns of o_proj that read new values stay zero until they are trained.
     """
     generator = torch.Generator().manual_seed(seed)
     head_dim = model.config.head_dim
@@ -94,9 +94,13 @@ def fill(model: Qwen2ForCausalLM, ids: Tensor, seed: int) -> None:
         attention = layer.self_attn
         key_size = _sizes(attention.k_proj.weight, inputs, rotary, head_dim)
         for projection, old, share in (
-            (attention.q_proj, rotary, QUERY_SHARE), (attention.k_proj, rotary, KEY_SHARE), (attention.v_proj, plain, VALUE_SHARE)
+            (attention.q_proj, rotary, NOISE_SHARE), (attention.k_proj, rotary, NOISE_SHARE), (attention.v_proj, plain, VALUE_SHARE)
         ):
             _fill_rows(projection.weight, inputs, old, head_dim, share, generator)
+        for projection in (attention.q_proj, attention.k_proj):
+            heads = projection.weight.view(-1, head_dim, projection.weight.shape[-1])
+            heads[:, rotary] *= 0.5**0.5
+            heads[:, rotary + 1] += heads[:, rotary]
         factors = torch.full((head_dim // 2,), FAST_BIAS)
         factors[-max(1, round(SLOW_PAIRS * len(factors))) :] = SLOW_BIAS
         noise = torch.randn(len(key_size), head_dim, generator=generator) * factors.repeat(2)

@@ -17,7 +17,10 @@ _WORDS = """
 WORDS = _WORDS.split()
 GIVERS, READERS = 3, 6
 LINES, ASKED = 40, 8
-SENTENCES, SENTENCE_WORDS, CUE_WORDS = 12, 9, 3
+SENTENCES, SENTENCE_WORDS, CUE_WORDS = 12, 6, 2
+"""Of seven mixes the one that SmolLM2's exact cache copies best (.965 of 288 answers; with 9 words and 3 of them given .924)."""
+SEEDS = {"key-value": 4, "copying": 12}
+"""Prefixes of each task; readers of a key-value prefix are asked for more."""
 FILLER = 300
 
 Tokenise = Callable[[str], list[int]]
@@ -25,9 +28,10 @@ Pieces = list[tuple[str, bool]]
 """Text in pieces; True: an answer."""
 
 
-def shared_tasks(tokenise: Tokenise, first: list[int], seeds: tuple[int, ...] = (1, 2, 3, 4)) -> list[Shared]:
-    """Prefixes of about 1,600 tokens, each task once a seed. Evaluated readers ask for other lines and sentences than the givers."""
-    return [make(tokenise, first, seed) for make in (_key_value, _copying) for seed in seeds]
+def shared_tasks(tokenise: Tokenise, first: list[int], seeds: dict[str, int] = SEEDS) -> list[Shared]:
+    """Prefixes of about 1,500 tokens. Evaluated readers ask for other lines and sentences than the givers."""
+    makers = {"key-value": _key_value, "copying": _copying}
+    return [makers[task](tokenise, first, seed) for task, count in seeds.items() for seed in range(1, count + 1)]
 
 
 def _key_value(tokenise: Tokenise, first: list[int], seed: int) -> Shared:

@@ -39,8 +39,8 @@ class KeyPacking:
         lifts = ends - planes - 2 * torch.arange(PLANES, device=widths.device).unsqueeze(-1)
         wrong = ((lifts < 0) & (planes > 0)).any(-2) | (ends[..., -1, :] != BYTE_BITS) | (planes < 0).any(-2)
         if bool(wrong.any()):
-            bytes_ = planes.movedim(-2, -1)[wrong].unique(dim=0).tolist()
-            raise ValueError(f"channels that share a byte must have {BYTE_BITS} bits together, those of plane i from bit 2i on; got widths {bytes_}")
+            got = planes.movedim(-2, -1)[wrong].unique(dim=0).tolist()
+            raise ValueError(f"channels that share a byte must have {BYTE_BITS} bits together, plane i's from bit 2i on; got widths {got}")
         self.lifts = torch.where(planes > 0, lifts, 0).to(torch.uint8)
         self.masks = (((1 << planes) - 1) << self.lifts.long()).to(torch.uint8)
 

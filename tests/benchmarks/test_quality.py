@@ -245,7 +245,7 @@ def test_json_knows_no_infinity():
 
 
 def test_recall_tasks_fit_pages_and_ask_for_other_lines():
-    for shared in shared_tasks(lambda text: [ord(c) for c in text], [7], seeds=(1,)):
+    for shared in shared_tasks(lambda text: [ord(c) for c in text], [7], seeds={"key-value": 1, "copying": 1}):
         assert len(shared.prefix) % PAGE_TOKENS == 0
         assert shared.prefix[0] == 7
         assert {len(flags) for flags in shared.scored} == {len(reader) for reader in shared.evaluated}

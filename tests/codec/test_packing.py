@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from oscar_radix.codec.packing import KeyPacking, pack_values, unpack_values
 
-
 BYTES = [widths for widths in itertools.product(range(9), repeat=4) if sum(widths) == 8
          and all(not w or sum(widths[:i]) >= 2 * i for i, w in enumerate(widths))]  # fmt: skip
 """Every mix of widths that a byte may have."""
