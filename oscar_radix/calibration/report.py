@@ -21,7 +21,7 @@ def describe(path: Path | str) -> str:
         f"calibrated   on {calibration.tokens} tokens, text {calibration.text_hash or '(none)'}, "
         f"{calibration.report.get('skipped_rows', 0)} rows with NaN or Inf left out",
         "",
-        "layer  K error  V error  channels at 4/3/2/1/0 bits, by KV head",
+        "layer  K error  V error  channels at 6/5/4/3/2/1/0 bits, by KV head",
     ]
     return "\n".join(lines + _layers(calibration))
 
@@ -40,6 +40,6 @@ def _layers(calibration: Calibration) -> list[str]:
 
 
 def _histogram(widths: Tensor) -> str:
-    """'32/0/16/0/16 x2, 16/16/16/0/16': how many heads of uint8 [H, D] have how many channels of 4/3/2/1/0 bits."""
-    counts = Counter("/".join(str(int((head == width).sum())) for width in (4, 3, 2, 1, 0)) for head in widths)
+    """'0/2/6/10/26/10/10 x2, 2/2/4/8/26/8/14': how many heads of uint8 [H, D] have how many channels of 6 to 0 bits."""
+    counts = Counter("/".join(str(int((head == width).sum())) for width in range(6, -1, -1)) for head in widths)
     return ", ".join(text + (f" x{number}" if number > 1 else "") for text, number in counts.most_common())

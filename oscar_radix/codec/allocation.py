@@ -1,8 +1,9 @@
 """Reverse water-filling in widths that share bytes: four channels of 0 to 6 bits, 8 bits together.
 
 Every such allocation has 2 bits a channel on average and is read by one shift and one mask (see `packing`). Which widths a byte may
-have depends on where it stands: kernels keep the masks of all bytes in registers, and there is room for five words of them. On
-SmolLM2 the allocation makes .4 % more error than the best free choice of 0 to 6 bits; the best one of at most 4 bits makes twice as much.
+have depends on where it stands: kernels keep the masks of all bytes in registers, and there is room for five words of them. Where
+variances fall geometrically by 10**4 over a row of 64, the allocation makes 2 % more error than the best free
+choice of 0 to 6 bits, and the best of at most 4 bits makes 33 % more; by 10**5, 7 % and 108 %.
 """
 
 import torch

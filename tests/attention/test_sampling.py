@@ -68,9 +68,9 @@ class Readers:
 
 def test_a_prompts_last_queries_seed_the_page_at_which_they_look():
     readers = Readers()
-    pages = readers.read(tokens_of([1, 2, 3, 4, 5, 6], tail=7), look_at=77)
+    pages = readers.read(tokens_of([1, 2, 3, 4, 5, 6], tail=7), look_at=78)
     expected = torch.zeros(PAGE_TOKENS)
-    expected[77 % PAGE_TOKENS] = PREFILL_QUERIES * 2
+    expected[78 % PAGE_TOKENS] = PREFILL_QUERIES * 2
     torch.testing.assert_close(readers.mass(pages[2]), expected, rtol=1e-2, atol=1e-2)
     assert readers.mass(pages[1]).sum() < 1e-2
 

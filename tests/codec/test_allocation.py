@@ -64,6 +64,19 @@ def test_no_allocation_is_much_better(spread, seed):
     assert best <= float(expected_error(best_counts(variances), variances)) <= 1.05 * best
 
 
+@pytest.mark.parametrize(("decades", "more", "of_four_bits"), [(4, 1.023, 1.32), (5, 1.067, 2.08)])
+def test_error_beside_the_best_free_choice(decades, more, of_four_bits):
+    variances = torch.logspace(0, -decades, 64, dtype=torch.float64)
+
+    def free(widest: int) -> float:
+        """Each next bit where it removes most error."""
+        gains = torch.stack([variances * (GAUSSIAN_MSE[w] - GAUSSIAN_MSE[w + 1]) for w in range(widest)])
+        return float(variances.sum() - gains.flatten().topk(128).values.sum())
+
+    assert float(expected_error(best_counts(variances), variances)) < more * free(6)
+    assert free(4) > of_four_bits * free(6)
+
+
 @given(st.floats(0, 12), st.integers(0, 2**31))
 def test_operands_stay_within_what_fixed_point_scores_can_hold(spread, seed):
     noise = torch.randn(128, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
