@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 QUERY_LEVELS = tl.constexpr(4032.0)
-"""Largest fixed-point query: 4032 * sum of the largest codes (960 over 128 channels) stays below 2**22."""
+"""Largest fixed-point query: 4032 * sum of a row's largest operands (1040, `codec.allocation.OPERAND_SUM_MAX`) stays below 2**22."""
 
 
 @triton.jit

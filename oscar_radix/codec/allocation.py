@@ -2,8 +2,8 @@
 
 Every such allocation has 2 bits a channel on average and is read by one shift and one mask (see `packing`). Which widths a byte may
 have depends on where it stands: kernels keep the masks of all bytes in registers, and there is room for five words of them. Where
-variances fall geometrically by 10**4 over a row of 64, the allocation makes 2 % more error than the best free
-choice of 0 to 6 bits, and the best of at most 4 bits makes 33 % more; by 10**5, 7 % and 108 %.
+variances fall geometrically by 10**4 over a row of 64, the allocation makes 2 % more error than the best free choice of 0 to 6 bits,
+and the best of at most 4 bits makes 33 % more; by 10**5, 7 % and 108 %.
 """
 
 import torch
@@ -69,6 +69,25 @@ def best_counts(variances: Tensor) -> Tensor:
         error = torch.where(better, least, error)
 
 
+def is_readable(widths: Tensor) -> bool:
+    """Whether rows of these widths, integer [..., D], are what kernels expect: every byte a pattern of its kind, and operands in bounds."""
+    planes = widths.long().unflatten(-1, (PLANES, -1)).movedim(-2, -1)
+    wide = _wide(planes.shape[-2])
+    codes = (planes * 8 ** torch.arange(PLANES)).sum(-1)
+    known = [torch.tensor([sum(w * 8**i for i, w in enumerate(pattern)) for pattern in kind]) for kind in (WIDE, NARROW)]
+    places = torch.isin(codes[..., wide], known[0]).all() & torch.isin(codes[..., ~wide], known[1]).all()
+    if not bool(places):
+        return False
+    tops = torch.zeros(8**PLANES, dtype=torch.int64)
+    tops[torch.cat(known)] = torch.tensor([operand_top(pattern) for pattern in PATTERNS])
+    return bool((tops[codes].sum(-1) <= OPERAND_SUM_MAX).all())
+
+
+def _wide(size: int) -> Tensor:
+    """Bool [size]: which bytes of a row may have the patterns of WIDE; the others those of NARROW."""
+    return torch.arange(size) // WORD_BYTES % 2 == 0
+
+
 def _moves() -> Tensor:
     """Changes of counts: a byte from one pattern to another of its kind, in wide bytes, in narrow ones, and in one of each."""
     single = []
@@ -97,7 +116,7 @@ def place(counts: list[int], dim: int) -> tuple[Tensor, Tensor]:
     size = dim // PLANES
     if min(counts) < 0 or [sum(counts[: len(WIDE)]), sum(counts[len(WIDE) :])] != [size // 2, size // 2]:
         raise ValueError(f"a row of {dim} channels has {size // 2} bytes of each kind, wide and narrow; asked for {counts}")
-    wide = torch.arange(size) // WORD_BYTES % 2 == 0
+    wide = _wide(size)
     kinds = torch.tensor(PATTERNS).repeat_interleave(torch.tensor(counts), 0)
     widths = torch.empty(size, PLANES, dtype=torch.int64)
     widths[wide], widths[~wide] = kinds[: size // 2], kinds[size // 2 :]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from oscar_radix.codec import uniform
+from oscar_radix.codec.allocation import is_readable
 from oscar_radix.codec.base import Codec
 from oscar_radix.codec.calibration import Calibration, CalibrationError
 from oscar_radix.codec.layout import RecordLayout
@@ -27,6 +28,8 @@ class SteppedCodec(Codec):
         if missing:
             raise CalibrationError(f"the calibration of recipe '{calibration.recipe}' lacks the tensors {sorted(missing)}")
         widths, sigma = calibration.tensors["key_widths"].long().cpu(), calibration.tensors["key_sigma"].double().cpu()
+        if not is_readable(widths):
+            raise CalibrationError("this calibration gives channels other widths than kernels can read at their places: calibrate again")
         packing = KeyPacking(widths)
         self.key_masks = self._keep("key_masks", packing.masks)
         lifts = self._keep("key_lifts", packing.lifts)

@@ -1,13 +1,25 @@
 """Widths by reverse water-filling."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oscar_radix.codec.allocation import NARROW, OPERAND_SUM_MAX, PATTERNS, WIDE, best_counts, expected_error, operand_top, place
+from oscar_radix.codec import CalibrationError, get_recipe
+from oscar_radix.codec.allocation import (
+    NARROW,
+    OPERAND_SUM_MAX,
+    PATTERNS,
+    WIDE,
+    best_counts,
+    expected_error,
+    is_readable,
+    operand_top,
+    place,
+)
 from oscar_radix.codec.packing import KeyPacking
 from oscar_radix.codec.uniform import GAUSSIAN_MSE
 
@@ -30,6 +42,7 @@ def test_places_are_a_permutation_with_two_bits_a_channel(counted):
     assert int(widths.sum()) == 2 * dim
     # The larger a channel's variance, the more bits it has.
     assert (widths[order.argsort()].diff() <= 0).all()
+    assert is_readable(widths) == (sum(n * operand_top(pattern) for n, pattern in zip(counts, PATTERNS, strict=True)) <= OPERAND_SUM_MAX)
     # What the kernels rely on: half of the words have 2 bits in their last plane, the other half two nibbles that are alike.
     masks = KeyPacking(widths).masks.view(4, -1, 2, 4)
     assert (masks[3, :, 0] == 3).all()
@@ -89,3 +102,12 @@ def test_operands_stay_within_what_fixed_point_scores_can_hold(spread, seed):
 def test_impossible_counts_are_refused():
     with pytest.raises(ValueError, match="a row of 64 channels has 8 bytes of each kind"):
         place([9, 0, 0, 0, 0, 0, 0, 0, 0, 7], 64)
+
+
+def test_widths_at_places_that_kernels_do_not_expect_are_refused(moments, geometry):
+    recipe = get_recipe("tck")
+    fitted = recipe.fit(moments)
+    widths = torch.full((*fitted.tensors["key_widths"].shape[:2], 4, geometry.head_dim // 4), 2, dtype=torch.uint8)
+    widths[0, 1, :, 5] = torch.tensor([6, 0, 0, 2])  # an odd word
+    with pytest.raises(CalibrationError, match="other widths than kernels can read at their places: calibrate again"):
+        recipe.codec(replace(fitted, tensors={**fitted.tensors, "key_widths": widths.flatten(-2)}), "cpu")
