@@ -80,4 +80,6 @@ def test_a_hit_is_nearer_to_bf16_than_under_policy_none(stock, running, attentio
     print(f"KL none {none.mean():.5f} at {bits[0]:.3f} bits, attention {ours.mean():.5f} at {bits[1]:.3f} bits")
     print(f"per prefix {none.round(4)}, {ours.round(4)}")
     assert reports[0]["kv_budget_bytes"] == reports[1]["kv_budget_bytes"]
+    # On a GPU the room for sampled queries takes tokens from a pool this small.
+    assert client.on_gpu or bits[1] == pytest.approx(bits[0], rel=0.01)
     assert ours.mean() <= none.mean()
