@@ -35,8 +35,7 @@ def without(student: Any, what: str) -> Any:
     """A copy of `student` without its `new queries` (so that scores do without the new channels), or without its `key biases`."""
     less = copy.deepcopy(student)
     head_dim = less.config.head_dim
-    new = torch.ones(head_dim, dtype=torch.bool)
-    new[rotary_channels(head_dim // 2)] = False
+    new = rotary_channels(head_dim // 2) + 1
     for layer in less.model.layers:
         if what == "key biases":
             layer.self_attn.k_proj.bias.zero_()

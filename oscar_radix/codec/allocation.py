@@ -9,7 +9,7 @@ and the best of at most 4 bits makes 33 % more; by 10**5, 7 % and 108 %.
 import torch
 from torch import Tensor
 
-from oscar_radix.codec.packing import PLANES
+from oscar_radix.codec.packing import PLANES, KeyPacking
 from oscar_radix.codec.uniform import GAUSSIAN_MSE
 
 WORD_BYTES = 4
@@ -22,18 +22,15 @@ OPERAND_SUM_MAX = 1040
 """Largest sum of a row's operands: 4032 (`kernels.fixed_point.QUERY_LEVELS`) times it stays below 2**22."""
 _EVEN = (len(WIDE) - 1, len(PATTERNS) - 1)
 """Places in PATTERNS of 2 bits everywhere."""
-
-
-def operand_top(pattern: tuple[int, ...]) -> int:
-    """Sum of the largest operands of a byte: an operand is its code shifted by the bits that it starts above its plane."""
-    starts = [sum(pattern[:i]) for i in range(PLANES)]
-    return sum((2**width - 1) << (start - 2 * i) for i, (width, start) in enumerate(zip(pattern, starts, strict=True)) if width)
+_CHANNELS = torch.tensor([[pattern.count(width) for width in range(6, -1, -1)] for pattern in PATTERNS])
+"""Channels of 6 to 0 bits of each of PATTERNS."""
+OPERAND_TOPS = KeyPacking(torch.tensor(PATTERNS)).masks.sum((-2, -1))
+"""Sum of the largest operands of each of PATTERNS."""
 
 
 def _edges(counts: Tensor) -> Tensor:
     """Ranks at which the width falls, int64 [..., 8]: channels of rank edges[6 - w] to edges[7 - w] - 1 have w bits."""
-    numbers = torch.tensor([[pattern.count(width) for width in range(6, -1, -1)] for pattern in PATTERNS])
-    ends = (counts.unsqueeze(-1) * numbers).sum(-2).cumsum(-1)
+    ends = (counts @ _CHANNELS).cumsum(-1)
     return torch.cat((torch.zeros_like(ends[..., :1]), ends), -1)
 
 
@@ -56,11 +53,11 @@ def best_counts(variances: Tensor) -> Tensor:
     flat = variances.reshape(-1, variances.shape[-1])
     counts = torch.zeros(len(flat), len(PATTERNS), dtype=torch.int64)
     counts[:, _EVEN] = variances.shape[-1] // PLANES // 2
-    moves, tops = _moves(), torch.tensor([operand_top(pattern) for pattern in PATTERNS])
+    moves = _moves()
     error = expected_error(counts, flat)
     while True:
         now = counts.unsqueeze(1)
-        allowed = (now + moves >= 0).all(-1, keepdim=True) & (((now + moves) * tops).sum(-1, keepdim=True) <= OPERAND_SUM_MAX)
+        allowed = (now + moves >= 0).all(-1, keepdim=True) & (((now + moves) @ OPERAND_TOPS).unsqueeze(-1) <= OPERAND_SUM_MAX)
         least, move = expected_error(torch.where(allowed, now + moves, now), flat.unsqueeze(1)).min(-1)
         better = least < error * (1 - 1e-12)
         if not bool(better.any()):
@@ -69,18 +66,12 @@ def best_counts(variances: Tensor) -> Tensor:
         error = torch.where(better, least, error)
 
 
-def is_readable(widths: Tensor) -> bool:
-    """Whether rows of these widths, integer [..., D], are what kernels expect: every byte a pattern of its kind, and operands in bounds."""
-    planes = widths.long().unflatten(-1, (PLANES, -1)).movedim(-2, -1)
-    wide = _wide(planes.shape[-2])
-    codes = (planes * 8 ** torch.arange(PLANES)).sum(-1)
-    known = [torch.tensor([sum(w * 8**i for i, w in enumerate(pattern)) for pattern in kind]) for kind in (WIDE, NARROW)]
-    places = torch.isin(codes[..., wide], known[0]).all() & torch.isin(codes[..., ~wide], known[1]).all()
-    if not bool(places):
-        return False
-    tops = torch.zeros(8**PLANES, dtype=torch.int64)
-    tops[torch.cat(known)] = torch.tensor([operand_top(pattern) for pattern in PATTERNS])
-    return bool((tops[codes].sum(-1) <= OPERAND_SUM_MAX).all())
+def is_readable(masks: Tensor) -> bool:
+    """Whether kernels read rows with these masks of `KeyPacking`, uint8 [..., 4, D/4], as they are: see WIDE, NARROW, OPERAND_SUM_MAX."""
+    wide = _wide(masks.shape[-1])
+    constant = masks[..., 3, :][..., wide] == 3
+    alike = masks[..., :2, :][..., ~wide] == masks[..., 2:, :][..., ~wide]
+    return bool(constant.all() and alike.all() and (masks.sum((-2, -1)) <= OPERAND_SUM_MAX).all())
 
 
 def _wide(size: int) -> Tensor:

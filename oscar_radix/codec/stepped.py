@@ -28,9 +28,9 @@ class SteppedCodec(Codec):
         if missing:
             raise CalibrationError(f"the calibration of recipe '{calibration.recipe}' lacks the tensors {sorted(missing)}")
         widths, sigma = calibration.tensors["key_widths"].long().cpu(), calibration.tensors["key_sigma"].double().cpu()
-        if not is_readable(widths):
-            raise CalibrationError("this calibration gives channels other widths than kernels can read at their places: calibrate again")
         packing = KeyPacking(widths)
+        if not is_readable(packing.masks):
+            raise CalibrationError("this calibration gives channels other widths than kernels can read at their places: calibrate again")
         self.key_masks = self._keep("key_masks", packing.masks)
         lifts = self._keep("key_lifts", packing.lifts)
         self._packing = [KeyPacking.of(masks.unsqueeze(1), layer.unsqueeze(1)) for masks, layer in zip(self.key_masks, lifts, strict=True)]

@@ -33,7 +33,7 @@ def energy_weights(variance: Tensor, used: Tensor) -> Tensor:
 def row_scale(codes: Tensor, scale: Tensor, weights: Tensor, unit: Tensor) -> Tensor:
     """fp16 [...]: sqrt(unit * sum_i weights_i * codes_i**2) * scale, of int8 rows [..., D]; weights [D], unit a scalar, float64."""
     energy = (codes.to(torch.float64).square() * weights).sum(-1)
-    return ((energy * unit).sqrt() * scale.to(torch.float64)).clamp_(max=FP16_MAX).to(torch.float16)
+    return _scaled((energy * unit).sqrt(), scale)
 
 
 def unbiased_scale(codes: Tensor, scale: Tensor, coded: Tensor) -> Tensor:
@@ -50,7 +50,12 @@ def unbiased_scale(codes: Tensor, scale: Tensor, coded: Tensor) -> Tensor:
     x = codes.to(torch.float64)
     along = (x * (2 * coded.to(torch.float64) - PAIR_LEVELS)).sum(-1)
     ratio = torch.where(along > 0, 2 * x.square().sum(-1) / along.clamp(min=1), 0.0)
-    return (ratio * scale.to(torch.float64)).clamp_(max=FP16_MAX).float().to(torch.float16)
+    return _scaled(ratio, scale)
+
+
+def _scaled(size: Tensor, scale: Tensor) -> Tensor:
+    """fp16 [...]: float64 sizes of rows of codes times the scale of the codes."""
+    return (size * scale.to(torch.float64)).clamp_(max=FP16_MAX).to(torch.float16)
 
 
 def encode(codes: Tensor, scale: Tensor, row: Tensor, inverse_step: Tensor, top: Tensor) -> Tensor:

@@ -9,17 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oscar_radix.codec import CalibrationError, get_recipe
-from oscar_radix.codec.allocation import (
-    NARROW,
-    OPERAND_SUM_MAX,
-    PATTERNS,
-    WIDE,
-    best_counts,
-    expected_error,
-    is_readable,
-    operand_top,
-    place,
-)
+from oscar_radix.codec.allocation import NARROW, OPERAND_SUM_MAX, OPERAND_TOPS, WIDE, best_counts, expected_error, is_readable, place
 from oscar_radix.codec.packing import KeyPacking
 from oscar_radix.codec.uniform import GAUSSIAN_MSE
 
@@ -42,9 +32,10 @@ def test_places_are_a_permutation_with_two_bits_a_channel(counted):
     assert int(widths.sum()) == 2 * dim
     # The larger a channel's variance, the more bits it has.
     assert (widths[order.argsort()].diff() <= 0).all()
-    assert is_readable(widths) == (sum(n * operand_top(pattern) for n, pattern in zip(counts, PATTERNS, strict=True)) <= OPERAND_SUM_MAX)
+    masks = KeyPacking(widths).masks
+    assert is_readable(masks) == (int(torch.tensor(counts) @ OPERAND_TOPS) <= OPERAND_SUM_MAX)
     # What the kernels rely on: half of the words have 2 bits in their last plane, the other half two nibbles that are alike.
-    masks = KeyPacking(widths).masks.view(4, -1, 2, 4)
+    masks = masks.view(4, -1, 2, 4)
     assert (masks[3, :, 0] == 3).all()
     assert torch.equal(masks[:2, :, 1], masks[2:, :, 1])
 
@@ -94,9 +85,14 @@ def test_error_beside_the_best_free_choice(decades, more, of_four_bits):
 def test_operands_stay_within_what_fixed_point_scores_can_hold(spread, seed):
     noise = torch.randn(128, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     counts = best_counts((spread * noise).exp().sort(descending=True).values)
-    assert int((counts * torch.tensor([operand_top(pattern) for pattern in PATTERNS])).sum()) <= OPERAND_SUM_MAX
+    assert int(counts @ OPERAND_TOPS) <= OPERAND_SUM_MAX
     masks = KeyPacking(place(counts.tolist(), 128)[1]).masks
     assert int(masks.sum()) <= OPERAND_SUM_MAX
+
+
+def test_largest_operands_by_hand():
+    # 6 + 0 + 0 + 2: 63 + 3; 5 + 0 + 1 + 2: 31 + 2 + 3, the 1-bit code stands one bit above its plane; 3 + 3 + 0 + 2: 7 + 14 + 3.
+    assert OPERAND_TOPS.tolist() == [66, 36, 21, 24, 24, 18, 12, 30, 18, 12]
 
 
 def test_impossible_counts_are_refused():
