@@ -164,7 +164,7 @@ class OscarAttentionBackend(AttentionBackend):
 
     def _calibrate(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         """Exact causal attention of one sequence that is not cached; its moments are added up."""
-        self.moments.add(index, query, key, value)
+        self.moments.add(index, query, key, value, scale)
         causal = torch.ones(len(query), len(query), dtype=torch.bool, device=query.device).tril()
         out, _ = attend(query.float(), key.float().transpose(0, 1), value.float().transpose(0, 1), scale, causal)
         return out.to(query.dtype)

@@ -18,15 +18,13 @@ from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerpr
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.calibration.positions import first_positions
 from oscar_radix.calibration.predicted import fit
+from oscar_radix.calibration.sequences import SEQUENCE_TOKENS, calibration_sequences
 from oscar_radix.codec import Calibration, CalibrationError, get_recipe
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import Geometry
 from oscar_radix.patches.attention import OscarAttentionBackend
 
 logger = logging.getLogger("oscar_radix")
-
-SEQUENCE_TOKENS = 1024
-"""Tokens of one calibration sequence."""
 
 CALIBRATION_TOKENS = 8192
 """Tokens of the bundled text that are used at most."""
@@ -71,9 +69,9 @@ def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geome
         raise RuntimeError(f"the model runner's attention backend is {type(backend).__name__}, not ours")
     backend.moments = MomentAccumulator(geometry)
     try:
-        starts = range(0, len(tokens), SEQUENCE_TOKENS)
-        for start, place in zip(starts, first_positions(len(starts), SEQUENCE_TOKENS, _context(runner)), strict=True):
-            _prefill(runner, backend, tokens[start : start + SEQUENCE_TOKENS], place)
+        sequences = calibration_sequences(tokens)
+        for sequence, place in zip(sequences, first_positions(len(sequences), SEQUENCE_TOKENS, _context(runner)), strict=True):
+            _prefill(runner, backend, sequence, place)
         moments = backend.moments.finish()
     finally:
         backend.moments = None

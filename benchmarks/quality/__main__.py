@@ -22,9 +22,9 @@ from benchmarks.quality.plot import draw
 from benchmarks.quality.recall import shared_tasks
 from benchmarks.quality.summary import by_length, lines, recall_report
 from benchmarks.quality.texts import shared_texts
-from oscar_radix.calibration import collect
 from oscar_radix.calibration.builtin_text import builtin_text
-from oscar_radix.calibration.collect import load_model
+from oscar_radix.calibration.collect import accumulate, load_model
+from oscar_radix.calibration.sequences import SEQUENCE_TOKENS
 from oscar_radix.codec import RECIPES
 from oscar_radix.model import prepare
 
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     size.add_argument("--full", action="store_true", help="every recipe at every window, format and number of rows")
     parser.add_argument("--prefixes", type=int, nargs="+", help=f"their tokens ({LENGTHS})")
     parser.add_argument("--tail", type=int, default=TAIL, help="tokens of a reader (%(default)s)")
-    parser.add_argument("--calibration-sequence", type=int, default=collect.CHUNK_TOKENS, help="tokens of its sequences (%(default)s)")
+    parser.add_argument("--calibration-sequence", type=int, default=SEQUENCE_TOKENS, help="tokens of its sequences (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch, on a CPU (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=None, help="what to measure; a file that exists keeps the rest")
     parser.add_argument("--out", type=Path, help="JSON to write, with a PNG beside it (benchmarks/results/quality-MODEL.json)")
@@ -76,8 +76,8 @@ def main() -> None:
     def tokenise(text: str) -> list[int]:
         return tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
 
-    collect.CHUNK_TOKENS = args.calibration_sequence
-    moments = collect.accumulate(model, tokenizer(builtin_text(), verbose=False)["input_ids"], progress).finish()
+    ids = tokenizer(builtin_text(), verbose=False)["input_ids"]
+    moments = accumulate(model, ids, progress, sequence_tokens=args.calibration_sequence).finish()
     first = tokenizer("", verbose=False)["input_ids"]
     of_size = grid.quick_cells() if args.quick else grid.full_cells() if args.full else grid.default_cells()
     fitted = {recipe: Fitted.of(recipe, moments, args.device) for recipe in RECIPES}

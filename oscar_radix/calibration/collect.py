@@ -14,12 +14,9 @@ from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerpr
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.calibration.positions import first_positions
 from oscar_radix.calibration.predicted import fit
+from oscar_radix.calibration.sequences import SEQUENCE_TOKENS, calibration_sequences
 from oscar_radix.calibration.transformers_attention import causal_attention, geometry_of, replaced_attention
 from oscar_radix.codec import DEFAULT_RECIPE, Calibration, CalibrationError, Moments, get_recipe
-
-CHUNK_TOKENS = 2048
-SHORTEST_CHUNK = 64
-"""A remainder below this is dropped: its value weights would come from a handful of queries."""
 
 Progress = Callable[[str], None]
 
@@ -37,28 +34,33 @@ def load_model(model_dir: Path | str, device: torch.device | str = "cpu", dtype:
     return model.to(device).eval(), tokenizer
 
 
-def accumulate(model: Any, token_ids: list[int], progress: Progress | None = None, key_bias: Tensor | None = None) -> MomentAccumulator:
-    """Moments of a loaded model over `token_ids`, in sequences of CHUNK_TOKENS all over the model's context.
+def accumulate(
+    model: Any,
+    token_ids: list[int],
+    progress: Progress | None = None,
+    key_bias: Tensor | None = None,
+    sequence_tokens: int = SEQUENCE_TOKENS,
+) -> MomentAccumulator:
+    """Moments of a loaded model over `calibration_sequences` of `token_ids`, all over the model's context.
 
     key_bias [L, H, D] is added to every key first, as a model with a strong K bias would; attention does not change.
     """
     accumulator = MomentAccumulator(geometry_of(model.config))
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        accumulator.add(layer, q, k if key_bias is None else k + key_bias[layer], v)
+        accumulator.add(layer, q, k if key_bias is None else k + key_bias[layer], v, scale)
         return causal_attention(q, k, v, scale)
 
     context = model.config.get_text_config().max_position_embeddings
-    chunk = min(CHUNK_TOKENS, context)
-    starts = [s for s in range(0, len(token_ids), chunk) if len(token_ids) - s >= SHORTEST_CHUNK]
-    places = first_positions(len(starts), chunk, context)
+    sequences = calibration_sequences(token_ids, min(sequence_tokens, context))
+    places = first_positions(len(sequences), min(sequence_tokens, context), context)
     with replaced_attention(model, attention), torch.inference_mode():
-        for number, (start, place) in enumerate(zip(starts, places, strict=True), 1):
-            ids = torch.tensor([token_ids[start:start + chunk]], device=model.device)
+        for number, (sequence, place) in enumerate(zip(sequences, places, strict=True), 1):
+            ids = torch.tensor([sequence], device=model.device)
             positions = place + torch.arange(ids.shape[1], device=model.device)
             model.base_model(input_ids=ids, position_ids=positions[None], use_cache=False)
             if progress:
-                progress(f"calibration: {accumulator.tokens} tokens, sequence {number} of {len(starts)}")
+                progress(f"calibration: {accumulator.tokens} tokens, sequence {number} of {len(sequences)}")
     return accumulator
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from oscar_radix.calibration.damage import key_damage
 from oscar_radix.codec.calibration import CalibrationError
 from oscar_radix.codec.moments import Moments
 from oscar_radix.geometry import Geometry
@@ -22,6 +23,7 @@ class MomentAccumulator:
         row, square = (g.layers, g.kv_heads, g.head_dim), (g.layers, g.kv_heads, g.head_dim, g.head_dim)
         self._tokens = [0] * g.layers
         names = {"count": row[:2], "query_count": row[:2], "k": row, "v": row, "wv": row, "kk": square, "qq": square, "wvv": square}
+        names |= {"damage": row[:2], "dqq": square}
         self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in names.items()}
 
     @property
@@ -29,8 +31,10 @@ class MomentAccumulator:
         """Tokens that every layer has seen."""
         return min(self._tokens)
 
-    def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """One chunk of one sequence: post-RoPE q [T, Hq, D], k [T, H, D], and v [T, H, D], any float dtype and device.
+    def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
+        """One sequence: post-RoPE q [T, Hq, D], k [T, H, D], and v [T, H, D], any float dtype and device.
+
+        scale: of the scores, D**-.5 if not given. Queries are also summed with the weights of `damage.key_damage`.
 
         Value weights are w_t = k_t C_Q k_t^T with C_Q of this chunk, scaled to a mean of 1: how much queries look at a token, up
         to second order. A token whose q, k or v has NaN or Inf in a head's group is left out of that head's sums.
@@ -48,7 +52,11 @@ class MomentAccumulator:
         good = q.isfinite().all(-1).all(-1) & k.isfinite().all(-1) & v.isfinite().all(-1)
         self.skipped_rows += int((~good).sum())
         k, v = (torch.where(good.unsqueeze(-1), x, 0.0) for x in (k, v))
-        q = torch.where(good[..., None, None], q, 0.0).flatten(1, 2)
+        q = torch.where(good[..., None, None], q, 0.0)
+        scale = g.head_dim**-0.5 if scale is None else scale
+        damage = torch.stack([key_damage(q[h].transpose(0, 1).float(), k[h].float(), v[h].float(), scale) for h in range(g.kv_heads)])
+        damage = (damage.double() * good.unsqueeze(1)).transpose(1, 2).flatten(1)
+        q = q.flatten(1, 2)
         count = good.sum(-1).double()
         qq = q.mT @ q
         weight = ((k @ qq) * k).sum(-1)
@@ -63,6 +71,8 @@ class MomentAccumulator:
             "kk": k.mT @ k,
             "qq": qq,
             "wvv": weighted.mT @ v,
+            "damage": damage.sum(-1),
+            "dqq": (q * damage.unsqueeze(-1)).mT @ q,
         }
         for name, value in added.items():
             self._sums[name][layer] += value.cpu()
@@ -88,13 +98,17 @@ class MomentAccumulator:
             )
         s = self._sums
         row, square = s["count"].unsqueeze(-1), s["count"][..., None, None]
+        query_second = s["qq"] / s["query_count"][..., None, None]
+        # No weight where no sequence was long enough, or nobody looked back.
+        damage = s["damage"][..., None, None]
         return Moments(
             geometry=self.geometry,
             tokens=self.tokens,
             skipped_rows=self.skipped_rows,
             key_mean=s["k"] / row,
             key_second=s["kk"] / square,
-            query_second=s["qq"] / s["query_count"][..., None, None],
+            query_second=query_second,
+            query_damage_second=torch.where(damage > 0, s["dqq"] / damage.clamp(min=1e-300), query_second),
             value_mean=s["v"] / row,
             value_weighted_mean=s["wv"] / row,
             value_weighted_second=s["wvv"] / square,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from oscar_radix.calibration.damage import key_damage
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.codec import CalibrationError
 from oscar_radix.geometry import Geometry
@@ -31,6 +32,8 @@ def test_against_the_definitions(geometry):
     torch.testing.assert_close(moments.key_mean[0, head], kh.mean(0))
     torch.testing.assert_close(moments.key_covariance[0, head], kh.mT.cov(correction=0))
     torch.testing.assert_close(moments.query_second[0, head], c_q)
+    damage = key_damage(q[:, head * group : (head + 1) * group].transpose(0, 1), k[:, head], v[:, head], 64**-0.5).T.reshape(-1, 1).double()
+    torch.testing.assert_close(moments.query_damage_second[0, head], (qh * damage).mT @ qh / damage.sum())
     torch.testing.assert_close(moments.value_weighted_second[0, head], (vh * weight[:, None]).mT @ vh / 600)
     centred = vh - vh.mean(0)
     torch.testing.assert_close(moments.value_weighted_covariance[0, head], (centred * weight[:, None]).mT @ centred / 600)
@@ -74,6 +77,12 @@ def test_bad_rows_are_skipped_and_counted(geometry):
     torch.testing.assert_close(moments.key_mean[0, 1], k[keep, 1].double().mean(0))
     torch.testing.assert_close(moments.key_mean[0, 2], k[:, 2].double().mean(0))
     assert bool(torch.isfinite(moments.value_weighted_second).all())
+
+
+def test_sequences_that_are_too_short_for_damage_count_alike(geometry):
+    q, k, v = rows(geometry, 600)
+    moments = fill(geometry, *((q[at : at + 100], k[at : at + 100], v[at : at + 100]) for at in range(0, 600, 100))).finish()
+    assert torch.equal(moments.query_damage_second, moments.query_second)
 
 
 def test_too_few_tokens_names_both_numbers(geometry):
