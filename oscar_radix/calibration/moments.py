@@ -23,7 +23,7 @@ class MomentAccumulator:
         row, square = (g.layers, g.kv_heads, g.head_dim), (g.layers, g.kv_heads, g.head_dim, g.head_dim)
         self._tokens = [0] * g.layers
         names = {"count": row[:2], "query_count": row[:2], "k": row, "v": row, "wv": row, "kk": square, "qq": square, "wvv": square}
-        names |= {"damage": row[:2], "dqq": square}
+        names |= {"damage": row[:2], "dqq": square, "key_damage": row[:2], "dk": row}
         self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in names.items()}
 
     @property
@@ -34,7 +34,7 @@ class MomentAccumulator:
     def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
         """One sequence: post-RoPE q [T, Hq, D], k [T, H, D], and v [T, H, D], any float dtype and device.
 
-        scale: of the scores, D**-.5 if not given. Queries are also summed with the weights of `damage.key_damage`.
+        scale: of the scores, D**-.5 if not given. Queries and keys are also summed with the weights of `damage.key_damage`.
 
         Value weights are w_t = k_t C_Q k_t^T with C_Q of this chunk, scaled to a mean of 1: how much queries look at a token, up
         to second order. A token whose q, k or v has NaN or Inf in a head's group is left out of that head's sums.
@@ -54,8 +54,10 @@ class MomentAccumulator:
         k, v = (torch.where(good.unsqueeze(-1), x, 0.0) for x in (k, v))
         q = torch.where(good[..., None, None], q, 0.0)
         scale = g.head_dim**-0.5 if scale is None else scale
-        damage = torch.stack([key_damage(q[h].transpose(0, 1).float(), k[h].float(), v[h].float(), scale) for h in range(g.kv_heads)])
-        damage = (damage.double() * good.unsqueeze(1)).transpose(1, 2).flatten(1)
+        of_head = [key_damage(q[h].transpose(0, 1).float(), k[h].float(), v[h].float(), scale) for h in range(g.kv_heads)]
+        damage, of_key = (torch.stack(parts).double() for parts in zip(*of_head, strict=True))
+        damage = (damage * good.unsqueeze(1)).transpose(1, 2).flatten(1)
+        of_key = of_key * good
         q = q.flatten(1, 2)
         count = good.sum(-1).double()
         qq = q.mT @ q
@@ -73,6 +75,8 @@ class MomentAccumulator:
             "wvv": weighted.mT @ v,
             "damage": damage.sum(-1),
             "dqq": (q * damage.unsqueeze(-1)).mT @ q,
+            "key_damage": of_key.sum(-1),
+            "dk": (k * of_key.unsqueeze(-1)).sum(1),
         }
         for name, value in added.items():
             self._sums[name][layer] += value.cpu()
@@ -100,7 +104,7 @@ class MomentAccumulator:
         row, square = s["count"].unsqueeze(-1), s["count"][..., None, None]
         query_second = s["qq"] / s["query_count"][..., None, None]
         # No weight where no sequence was long enough, or nobody looked back.
-        damage = s["damage"][..., None, None]
+        damage, of_key = s["damage"][..., None, None], s["key_damage"].unsqueeze(-1)
         return Moments(
             geometry=self.geometry,
             tokens=self.tokens,
@@ -108,6 +112,7 @@ class MomentAccumulator:
             key_mean=s["k"] / row,
             key_second=s["kk"] / square,
             query_second=query_second,
+            key_damage_mean=torch.where(of_key > 0, s["dk"] / of_key.clamp(min=1e-300), s["k"] / row),
             query_damage_second=torch.where(damage > 0, s["dqq"] / damage.clamp(min=1e-300), query_second),
             value_mean=s["v"] / row,
             value_weighted_mean=s["wv"] / row,

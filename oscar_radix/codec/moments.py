@@ -14,6 +14,7 @@ class Moments:
     key_mean, value_mean          [L, H, D]     mean row
     key_second                    [L, H, D, D]  mean of k^T k
     query_second                  [L, H, D, D]  mean of q^T q over the GQA group of the head
+    key_damage_mean               [L, H, D]     mean of the keys weighted by what their errors do to outputs
     query_damage_second           [L, H, D, D]  the same with every query weighted by what errors of keys do to its output
     value_weighted_mean           [L, H, D]     mean of w v, weights of mean 1
     value_weighted_second         [L, H, D, D]  mean of w v^T v
@@ -25,6 +26,7 @@ class Moments:
     key_mean: Tensor
     key_second: Tensor
     query_second: Tensor
+    key_damage_mean: Tensor
     query_damage_second: Tensor
     value_mean: Tensor
     value_weighted_mean: Tensor

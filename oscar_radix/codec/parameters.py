@@ -32,6 +32,7 @@ def _white(geometry: Geometry) -> Moments:
         key_mean=zero,
         key_second=white,
         query_second=white,
+        key_damage_mean=zero,
         query_damage_second=white,
         value_mean=zero,
         value_weighted_mean=zero,

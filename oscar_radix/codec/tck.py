@@ -29,6 +29,10 @@ WHITENING = 0.5
 int8 rows have one step for all channels. Undivided, the largest channel dictates it (KL of int8 rows alone .0030 on SmolLM2);
 divided by sqrt(sigma_c) it is .0003; divided by sigma_c .0004.
 """
+KEY_MEAN_SHARE = 0.5
+"""The mean that is subtracted from keys stands this far from the mean of all keys towards that of the keys that matter: a row's error
+grows with its distance from it. On SmolLM2 it takes 7 to 40 % off the KL of records alone, and nothing off that at the default rows.
+"""
 VARIANCE_FLOOR = 1e-8
 """Smallest channel variance, as a share of the row's largest: keeps steps of directions that never varied above zero."""
 
@@ -40,7 +44,9 @@ class TckRecipe(Recipe):
         return RecordLayout(k_code_bytes=head_dim // 4, v_code_bytes=head_dim // 4, scale_count=2)
 
     def fit(self, moments: Moments) -> Calibration:
-        basis, inverse_transpose, variances = joint_basis(moments.query_damage_second, moments.key_covariance, QUERY_RIDGE)
+        shift = KEY_MEAN_SHARE * (moments.key_damage_mean - moments.key_mean)
+        second = moments.key_covariance + shift.unsqueeze(-1) * shift.unsqueeze(-2)
+        basis, inverse_transpose, variances = joint_basis(moments.query_damage_second, second, QUERY_RIDGE)
         variances = torch.maximum(variances, variances[..., :1] * VARIANCE_FLOOR).clamp(min=torch.finfo(torch.float32).tiny)
         dim = moments.geometry.head_dim
         placed = [place(counts, dim) for counts in best_counts(variances).flatten(0, 1).tolist()]
@@ -51,7 +57,7 @@ class TckRecipe(Recipe):
         tensors = {
             "key_basis": (basis.gather(-1, columns) * gain).float(),
             "query_basis": (inverse_transpose.gather(-1, columns) / gain).float(),
-            "key_mean": moments.key_mean.float(),
+            "key_mean": (moments.key_mean + shift).float(),
             **value_basis(moments),
             "key_widths": widths.to(torch.uint8),
             "key_sigma": sigma.pow(1 - WHITENING).float(),

@@ -53,12 +53,18 @@ class Readers:
         for layer in range(GEOMETRY.layers):
             q, k, v = (torch.cat([row[layer][part] for row in rows]).float() for part in range(3))
             if look_at is not None and layer == LAYER:
-                key = self.store.codec.keys_to_basis(layer, toy_rows(int(request.tokens[look_at]), look_at)[layer][1].float())[0, HEAD]
-                basis = self.store.codec.query_basis[layer, HEAD]
-                q[:, 2 * HEAD : 2 * HEAD + 2] = torch.linalg.solve(basis.T, key) * 50
+                q[:, 2 * HEAD : 2 * HEAD + 2] = self._looking(request.tokens[:end].tolist(), look_at)
             self.attention.run(layer, q, k, v, plan, SCALE)
         self.attention.sample = None
         self.sampling.end()
+
+    def _looking(self, tokens: list[int], look_at: int) -> torch.Tensor:
+        """A query [D] whose score at one token stands 60 above zero and far above all others, whatever the basis: white among its keys."""
+        rows = torch.cat([toy_rows(token, at)[LAYER][1] for at, token in enumerate(tokens)]).float()
+        keys = self.store.codec.keys_to_basis(LAYER, rows)[:, HEAD].double()
+        looking = torch.linalg.solve(keys.T @ keys, keys[look_at])
+        looking *= 60 / SCALE / (looking @ keys[look_at])
+        return torch.linalg.solve(self.store.codec.query_basis[LAYER, HEAD].double().T, looking).float()
 
     def mass(self, page: int) -> torch.Tensor:
         """[32], what the looking head gave to each token of a page."""

@@ -12,19 +12,22 @@ def drawn(tokens: int, group: int, dim: int, seed: int = 0) -> tuple[torch.Tenso
 
 
 def by_definition(q, k, v, scale):
-    out = torch.zeros(q.shape[:2])
+    of_query, of_key = torch.zeros(q.shape[:2]), torch.zeros(len(k))
     for t in range(len(k)):
         p = (q[:, t] @ k[: t + 1].T * scale).softmax(-1)
         o = p @ v[: t + 1]
         for i in range(SINKS, t - NEAREST + 1):
-            out[:, t] += p[:, i] ** 2 * (v[i] - o).square().sum(-1)
-    return out
+            moved = p[:, i] ** 2 * (v[i] - o).square().sum(-1)
+            of_query[:, t] += moved
+            of_key[i] += moved.sum()
+    return of_query, of_key
 
 
 @pytest.mark.parametrize("tokens", [SINKS + NEAREST - 1, SINKS + NEAREST + 1, SINKS + NEAREST + BLOCK, SINKS + NEAREST + BLOCK + 9])
 def test_against_the_definition(tokens):
     q, k, v = drawn(tokens, 2, 8)
-    torch.testing.assert_close(key_damage(q, k, v, 0.4), by_definition(q, k, v, 0.4), rtol=1e-3, atol=1e-6)
+    for got, expected in zip(key_damage(q, k, v, 0.4), by_definition(q, k, v, 0.4), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_predicts_what_errors_of_keys_do():
@@ -39,15 +42,17 @@ def test_predicts_what_errors_of_keys_do():
     scores = (q[0, -1:] @ k.T) * 0.25
     for _ in range(4000):
         moved.append((out(scores + 0.01 * torch.randn(1, 200, generator=draw) * counted.T) - out(scores)).square().sum())
-    assert float(torch.stack(moved).mean()) == pytest.approx(0.01**2 * float(key_damage(q, k, v, 0.25)[0, -1]), rel=0.1)
+    assert float(torch.stack(moved).mean()) == pytest.approx(0.01**2 * float(key_damage(q, k, v, 0.25)[0][0, -1]), rel=0.1)
 
 
 def test_nothing_counts_where_everything_is_int8():
-    assert not key_damage(*drawn(SINKS + NEAREST, 2, 8), 1.0).any()
+    of_query, of_key = key_damage(*drawn(SINKS + NEAREST, 2, 8), 1.0)
+    assert not of_query.any()
+    assert not of_key.any()
 
 
 def test_a_query_that_rests_on_a_sink_does_not_count():
     q, k, v = drawn(256, 1, 8)
     k[0], q[0, -1] = torch.tensor([9.0] + [0.0] * 7), torch.tensor([9.0] + [0.0] * 7)
-    weights = key_damage(q, k, v, 1.0)
+    weights, _ = key_damage(q, k, v, 1.0)
     assert weights[0, -1] < 1e-9 < weights[0, 200]

@@ -32,8 +32,10 @@ def test_against_the_definitions(geometry):
     torch.testing.assert_close(moments.key_mean[0, head], kh.mean(0))
     torch.testing.assert_close(moments.key_covariance[0, head], kh.mT.cov(correction=0))
     torch.testing.assert_close(moments.query_second[0, head], c_q)
-    damage = key_damage(q[:, head * group : (head + 1) * group].transpose(0, 1), k[:, head], v[:, head], 64**-0.5).T.reshape(-1, 1).double()
+    damage, of_key = key_damage(q[:, head * group : (head + 1) * group].transpose(0, 1), k[:, head], v[:, head], 64**-0.5)
+    damage, of_key = damage.T.reshape(-1, 1).double(), of_key.unsqueeze(-1).double()
     torch.testing.assert_close(moments.query_damage_second[0, head], (qh * damage).mT @ qh / damage.sum())
+    torch.testing.assert_close(moments.key_damage_mean[0, head], (kh * of_key).sum(0) / of_key.sum())
     torch.testing.assert_close(moments.value_weighted_second[0, head], (vh * weight[:, None]).mT @ vh / 600)
     centred = vh - vh.mean(0)
     torch.testing.assert_close(moments.value_weighted_covariance[0, head], (centred * weight[:, None]).mT @ centred / 600)
@@ -83,6 +85,7 @@ def test_sequences_that_are_too_short_for_damage_count_alike(geometry):
     q, k, v = rows(geometry, 600)
     moments = fill(geometry, *((q[at : at + 100], k[at : at + 100], v[at : at + 100]) for at in range(0, 600, 100))).finish()
     assert torch.equal(moments.query_damage_second, moments.query_second)
+    assert torch.equal(moments.key_damage_mean, moments.key_mean)
 
 
 def test_too_few_tokens_names_both_numbers(geometry):
