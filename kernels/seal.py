@@ -13,10 +13,9 @@ from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS, value_chann
 
 
 @triton.jit
-def _row_scale(energy, unit, scale):
-    """fp16 [32]: sqrt(energy * unit) * scale, rounded to float32 first, as torch's double to half does."""
-    wide = tl.sqrt(energy * unit) * scale.to(tl.float64)
-    return tl.minimum(wide, 65504.0).to(tl.float32).to(tl.float16)
+def _row_scale(size, scale):
+    """fp16 [32]: float64 sizes of rows of codes times the scale of the codes; rounded to float32 first, as torch does."""
+    return tl.minimum(size * scale.to(tl.float64), 65504.0).to(tl.float32).to(tl.float16)
 
 
 @triton.jit
@@ -60,7 +59,7 @@ def _seal(
         for plane in tl.static_range(4):
             x = tl.load(k8 + row[:, None] * D + plane * Q + channel[None, :]).to(tl.float64)
             energy += tl.sum(x * x * tl.load(energy_weights + head * D + plane * Q + channel)[None, :], 1)
-        k_row = _row_scale(energy, tl.load(energy_unit + head), k_scale)
+        k_row = _row_scale(tl.sqrt(energy * tl.load(energy_unit + head)), k_scale)
         wide = k_row.to(tl.float32)
         ratio = tl.where(wide > 0, tl.div_rn(k_scale.to(tl.float32), tl.where(wide > 0, wide, 1.0)), 0.0)
         packed = tl.zeros([PAGE, Q], tl.int32)
@@ -78,7 +77,7 @@ def _seal(
         for plane in tl.static_range(4):
             x = tl.load(v8 + row[:, None] * D + plane * Q + channel[None, :]).to(tl.float64)
             energy += tl.sum(x * x, 1)
-        v_row = _row_scale(energy, tl.load(value_unit), v_scale)
+        v_row = _row_scale(tl.sqrt(energy * tl.load(value_unit)), v_scale)
         wide = v_row.to(tl.float32)
         ratio = tl.where(wide > 0, tl.div_rn(v_scale.to(tl.float32), tl.where(wide > 0, wide, 1.0)), 0.0)
         packed = tl.zeros([PAGE, Q], tl.int32)
@@ -90,8 +89,7 @@ def _seal(
             packed |= code << (2 * plane)
             along += tl.sum(x.to(tl.int32) * (2 * code - 3), 1)
         # The scale at which the codes are read without bias (`codec.uniform.unbiased_scale`).
-        gain = tl.where(along > 0, 2.0 * energy / tl.maximum(along, 1).to(tl.float64), 0.0)
-        v_row = tl.minimum(gain * v_scale.to(tl.float64), 65504.0).to(tl.float32).to(tl.float16)
+        v_row = _row_scale(tl.where(along > 0, 2.0 * energy / tl.maximum(along, 1).to(tl.float64), 0.0), v_scale)
         tl.store(v_codes + record[:, None] * Q + channel[None, :], packed.to(tl.uint8))
         tl.store(scales + record * 2, k_row)
         tl.store(scales + record * 2 + 1, v_row)

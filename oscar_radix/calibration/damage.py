@@ -5,7 +5,9 @@ from torch import Tensor
 
 SINKS = 64
 NEAREST = 64
-"""Keys that count stand behind the sinks and at least this far before the query: those between are int8 when they are read."""
+"""Keys that count stand behind the sinks and at least this far before the query; the nearest are int8 when they are read. A whole recent
+window would leave few keys to count in a sequence of 1,024 tokens.
+"""
 BLOCK = 256
 """Queries at a time, so that a block's probabilities stay in a CPU's cache."""
 

@@ -32,11 +32,10 @@ class MomentAccumulator:
         return min(self._tokens)
 
     def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
-        """One sequence: post-RoPE q [T, Hq, D], k [T, H, D], and v [T, H, D], any float dtype and device.
+        """One sequence from its beginning: post-RoPE q [T, Hq, D], k and v [T, H, D], any float dtype and device.
 
-        scale: of the scores, D**-.5 if not given. Queries and keys are also summed with the weights of `damage.key_damage`.
-
-        Value weights are w_t = k_t C_Q k_t^T with C_Q of this chunk, scaled to a mean of 1: how much queries look at a token, up
+        Queries and keys are also summed with the weights of `damage.key_damage`, for which scores are multiplied by `scale` (D**-.5 if not
+        given). Value weights are w_t = k_t C_Q k_t^T with C_Q of this sequence, scaled to a mean of 1: how much queries look at a token, up
         to second order. A token whose q, k or v has NaN or Inf in a head's group is left out of that head's sums.
         """
         g = self.geometry
@@ -110,9 +109,9 @@ class MomentAccumulator:
             tokens=self.tokens,
             skipped_rows=self.skipped_rows,
             key_mean=s["k"] / row,
+            key_damage_mean=torch.where(of_key > 0, s["dk"] / of_key.clamp(min=1e-300), s["k"] / row),
             key_second=s["kk"] / square,
             query_second=query_second,
-            key_damage_mean=torch.where(of_key > 0, s["dk"] / of_key.clamp(min=1e-300), s["k"] / row),
             query_damage_second=torch.where(damage > 0, s["dqq"] / damage.clamp(min=1e-300), query_second),
             value_mean=s["v"] / row,
             value_weighted_mean=s["wv"] / row,

@@ -23,15 +23,15 @@ def predicted_errors(codec: Codec, moments: Moments) -> tuple[list[float], list[
     """Per layer, averaged over heads: relative error of 2-bit K in the query metric, and of 2-bit V.
 
     Gaussian rows with the moments' means and covariances pass through int8 rows, `seal` and `open`. K: error energy e C_Q e^T
-    over the energy of the centred keys in the same metric, C_Q the query second moment. V: error energy over that of the centred
-    values, under the attention-weighted covariance.
+    over the energy of the centred keys in the same metric, C_Q the second moment of queries weighted by `damage.key_damage`. V: error
+    energy over that of the centred values, under the attention-weighted covariance.
     """
     draw = torch.Generator().manual_seed(0)
     keys = _sample(moments.key_mean, moments.key_covariance, draw)
     values = _sample(moments.value_mean, moments.value_weighted_covariance, draw)
     # In the basis a query second moment C becomes B^T C B, B = A^-T.
     query_basis = codec.query_basis.double().cpu()
-    metric = query_basis.mT @ moments.query_second @ query_basis
+    metric = query_basis.mT @ moments.query_damage_second @ query_basis
     key_errors, value_errors = [], []
     for layer in range(moments.geometry.layers):
         k_rows = codec.keys_to_basis(layer, keys[layer].to(codec.device)).transpose(0, 1).unsqueeze(0).contiguous()

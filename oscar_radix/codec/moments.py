@@ -12,10 +12,10 @@ class Moments:
     """float64 CPU tensors; L layers, H KV heads, D head dim. Keys and queries are post-RoPE.
 
     key_mean, value_mean          [L, H, D]     mean row
+    key_damage_mean               [L, H, D]     the same, keys weighted by what their errors do to outputs
     key_second                    [L, H, D, D]  mean of k^T k
     query_second                  [L, H, D, D]  mean of q^T q over the GQA group of the head
-    key_damage_mean               [L, H, D]     mean of the keys weighted by what their errors do to outputs
-    query_damage_second           [L, H, D, D]  the same with every query weighted by what errors of keys do to its output
+    query_damage_second           [L, H, D, D]  the same, queries weighted by what errors of keys do to their outputs
     value_weighted_mean           [L, H, D]     mean of w v, weights of mean 1
     value_weighted_second         [L, H, D, D]  mean of w v^T v
     """
@@ -24,9 +24,9 @@ class Moments:
     tokens: int
     skipped_rows: int
     key_mean: Tensor
+    key_damage_mean: Tensor
     key_second: Tensor
     query_second: Tensor
-    key_damage_mean: Tensor
     query_damage_second: Tensor
     value_mean: Tensor
     value_weighted_mean: Tensor

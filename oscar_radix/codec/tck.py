@@ -1,7 +1,6 @@
 """`tck`: keys in the joint query/key eigenbasis, bits given to channels by reverse water-filling; 2-bit values.
 
-Queries count in that basis by how much errors of keys hurt them (`calibration.damage`): most rest on a sink and hardly do. On SmolLM2
-this halves the KL behind 6,144 tokens at the default rows and brings copies within reach (benchmarks/results).
+Queries count in that basis by how much errors of keys hurt them (`calibration.damage`): most rest on a sink, and hardly do.
 
 Reverse water-filling: T. M. Cover and J. A. Thomas, "Elements of Information Theory", section 10.3.3, here with the widths and
 errors of real uniform quantisers.
@@ -31,7 +30,7 @@ divided by sqrt(sigma_c) it is .0003; divided by sigma_c .0004.
 """
 KEY_MEAN_SHARE = 0.5
 """The mean that is subtracted from keys stands this far from the mean of all keys towards that of the keys that matter: a row's error
-grows with its distance from it. On SmolLM2 it takes 7 to 40 % off the KL of records alone, and nothing off that at the default rows.
+grows with its distance from it. Half way: a few keys may hold all the weight, and the others are read too.
 """
 VARIANCE_FLOOR = 1e-8
 """Smallest channel variance, as a share of the row's largest: keeps steps of directions that never varied above zero."""
