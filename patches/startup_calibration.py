@@ -16,9 +16,8 @@ from oscar_radix.calibration.cache import cache_path, load_cached, store_cached
 from oscar_radix.calibration.file import check_fits, load_calibration
 from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerprint
 from oscar_radix.calibration.moments import MomentAccumulator
-from oscar_radix.calibration.positions import first_positions
 from oscar_radix.calibration.predicted import fit
-from oscar_radix.calibration.sequences import SEQUENCE_TOKENS, calibration_sequences
+from oscar_radix.calibration.sequences import placed_sequences
 from oscar_radix.codec import Calibration, CalibrationError, get_recipe
 from oscar_radix.config import OscarConfig
 from oscar_radix.geometry import Geometry
@@ -69,8 +68,7 @@ def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geome
         raise RuntimeError(f"the model runner's attention backend is {type(backend).__name__}, not ours")
     backend.moments = MomentAccumulator(geometry)
     try:
-        sequences = calibration_sequences(tokens)
-        for sequence, place in zip(sequences, first_positions(len(sequences), SEQUENCE_TOKENS, _context(runner)), strict=True):
+        for sequence, place in placed_sequences(tokens, _context(runner)):
             _prefill(runner, backend, sequence, place)
         moments = backend.moments.finish()
     finally:

@@ -12,9 +12,8 @@ from oscar_radix.calibration.builtin_text import builtin_text
 from oscar_radix.calibration.file import save_calibration
 from oscar_radix.calibration.fingerprint import model_fingerprint, text_fingerprint
 from oscar_radix.calibration.moments import MomentAccumulator
-from oscar_radix.calibration.positions import first_positions
 from oscar_radix.calibration.predicted import fit
-from oscar_radix.calibration.sequences import SEQUENCE_TOKENS, calibration_sequences
+from oscar_radix.calibration.sequences import SEQUENCE_TOKENS, placed_sequences
 from oscar_radix.calibration.transformers_attention import causal_attention, geometry_of, replaced_attention
 from oscar_radix.codec import DEFAULT_RECIPE, Calibration, CalibrationError, Moments, get_recipe
 
@@ -41,7 +40,7 @@ def accumulate(
     key_bias: Tensor | None = None,
     sequence_tokens: int = SEQUENCE_TOKENS,
 ) -> MomentAccumulator:
-    """Moments of a loaded model over `calibration_sequences` of `token_ids`, all over the model's context.
+    """Moments of a loaded model over `placed_sequences` of `token_ids`.
 
     key_bias [L, H, D] is added to every key first, as a model with a strong K bias would; attention does not change.
     """
@@ -51,11 +50,9 @@ def accumulate(
         accumulator.add(layer, q, k if key_bias is None else k + key_bias[layer], v, scale)
         return causal_attention(q, k, v, scale)
 
-    context = model.config.get_text_config().max_position_embeddings
-    sequences = calibration_sequences(token_ids, min(sequence_tokens, context))
-    places = first_positions(len(sequences), min(sequence_tokens, context), context)
+    sequences = placed_sequences(token_ids, model.config.get_text_config().max_position_embeddings, sequence_tokens)
     with replaced_attention(model, attention), torch.inference_mode():
-        for number, (sequence, place) in enumerate(zip(sequences, places, strict=True), 1):
+        for number, (sequence, place) in enumerate(sequences, 1):
             ids = torch.tensor([sequence], device=model.device)
             positions = place + torch.arange(ids.shape[1], device=model.device)
             model.base_model(input_ids=ids, position_ids=positions[None], use_cache=False)
