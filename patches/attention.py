@@ -17,7 +17,7 @@ from oscar_radix.kernels.attend import attend
 from oscar_radix.patches.fold_values import prepare_to_fold
 from oscar_radix.patches.forward_pages import ForwardPages
 from oscar_radix.patches.refusals import Refused
-from oscar_radix.patches.runtime import Runtime
+from oscar_radix.patches.runtime import Runtime, refuse_unbuilt
 from oscar_radix.pool.upload import upload_all
 from oscar_radix.sequence import Sequence
 
@@ -34,6 +34,7 @@ class OscarAttentionBackend(AttentionBackend):
 
     def __init__(self, runner: Any, runtime: Runtime):
         super().__init__()
+        refuse_unbuilt(store=runtime.store)
         _refuse_layers(runner.model)
         prepare_to_fold(runtime.store.codec, runner.model, runner.server_args)
         self.runtime = runtime

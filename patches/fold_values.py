@@ -33,7 +33,7 @@ FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def prepare_to_fold(codec: Codec, model: nn.Module, server_args: Any) -> None:
-    """Decide before CUDA graphs are captured: fold the placeholder `codec` if all layers will be folded, else log why none is."""
+    """Decide when the attention backend is built: fold the placeholder `codec` if all layers will be folded, else log why none is."""
     if codec.values_folded:
         return
     reason = obstacle(model, server_args)
@@ -122,7 +122,7 @@ def fold_weights(model: nn.Module, server_args: Any, rotation: Tensor) -> None:
         reason = f"the model has {len(owners)} attention layers, the calibration {len(rotation)}"
     if reason:
         raise RuntimeError(
-            f"--kv-quant oscar: CUDA graphs were captured for folded weights, which cannot be made now: {reason}; "
+            f"--kv-quant oscar: the attention backend was built for folded weights, which cannot be made now: {reason}; "
             "start with --oscar-fold-values off"
         )
     for matrices, (_, module) in zip(rotation, sorted(owners.items()), strict=True):

@@ -30,6 +30,7 @@ def _scheduler_hooks() -> dict[str, Any]:
 
     return {
         targets.SCHEDULER_INIT: late("scheduler", "scheduler_init"),
+        targets.INIT_ALL_CUDA_GRAPHS: late("scheduler", "init_all_cuda_graphs"),
         targets.GET_INTERNAL_STATE: late("scheduler", "get_internal_state"),
         targets.CONFIG_FROM_BUDGET: late("sizing", "config_from_budget"),
         targets.RESOLVE_MAX_NUM_REQS: late("sizing", "resolve_max_num_reqs"),

@@ -22,6 +22,8 @@ class Runtime:
     sizes: PoolSizes
     store: KVStore | None = None
     attention: Any = None
+    calibration_source: str | None = None
+    """Where the calibration came from, for logs; None until the store's codec has it."""
     metrics: Metrics | None = None
 
     def log_periodically(self) -> None:
@@ -31,6 +33,13 @@ class Runtime:
 
 
 _runtime: Runtime | None = None
+
+
+def refuse_unbuilt(**parts: Any) -> None:
+    """Raise RuntimeError with the names of the parts that are None: what SGLang did not build through our hooks."""
+    missing = [name.replace("_", " ") for name, part in parts.items() if part is None]
+    if missing:
+        raise RuntimeError(f"--kv-quant oscar: SGLang did not build our {', '.join(missing)}; refusing to serve bf16 silently")
 
 
 def install(runtime: Runtime) -> None:

@@ -83,7 +83,7 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
     )
     if runtime.store.mass and get_parallel().attn_tp_size > 1:
         runtime.store.mass.heat.reduce = attn_tp_all_reduce
-    # CUDA graphs are captured before there is a calibration; its parameters come to the placeholder's addresses.
+    # The attention backend is built before there is a calibration; its parameters come to the placeholder's addresses.
     runtime.store.codec = placeholder(get_recipe(config.recipe), geometry, self.device)
     return OscarKVPool(
         runtime.store,

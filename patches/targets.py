@@ -13,6 +13,7 @@ _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 ADD_CLI_ARGS = f"{_SERVER_ARGS}.add_cli_args"
 FROM_CLI_ARGS = f"{_SERVER_ARGS}.from_cli_args"
 SCHEDULER_INIT = f"{_SCHEDULER}.__init__"
+INIT_ALL_CUDA_GRAPHS = f"{_SCHEDULER}.init_all_cuda_graphs"
 GET_INTERNAL_STATE = f"{_SCHEDULER}.get_internal_state"
 CONFIG_FROM_BUDGET = f"{_CONFIGURATOR}.config_from_budget"
 RESOLVE_MAX_NUM_REQS = f"{_CONFIGURATOR}.resolve_max_num_reqs"
@@ -26,6 +27,7 @@ HOOKED: dict[str, tuple[str, ...]] = {
     SCHEDULER_INIT: (
         "self", "server_args", "port_args", "gpu_id", "tp_rank", "moe_ep_rank", "pp_rank", "attn_cp_rank", "moe_dp_rank", "dp_rank",
     ),
+    INIT_ALL_CUDA_GRAPHS: ("self",),
     GET_INTERNAL_STATE: ("self", "recv_req"),
     CONFIG_FROM_BUDGET: ("self", "budget_bytes", "cap_tokens"),
     RESOLVE_MAX_NUM_REQS: ("self", "token_capacity"),
