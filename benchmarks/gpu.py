@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import triton
 
-from oscar_radix.codec import get_recipe
 from oscar_radix.codec.parameters import placeholder
+from oscar_radix.codec.tck import TckRecipe
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
 from oscar_radix.policy import NonePolicy
 from oscar_radix.pool.hot_pool import PAGE_BLOCKS
@@ -41,14 +41,15 @@ def pages_of(lengths: list[int]) -> list[torch.Tensor]:
     return list((torch.randperm(sum(counts), device="cuda") + 1).split(counts))
 
 
-def filled_store(geometry: Geometry, pages: list[torch.Tensor], hot_rows: int) -> KVStore:
-    """Random records in every page, and `hot_rows` random int8 rows in each."""
+def filled_store(geometry: Geometry, pages: list[torch.Tensor], hot_rows: int, refined: bool = False) -> KVStore:
+    """Random records in every page, and `hot_rows` random int8 rows in each; no layer is refined, or all are."""
     count = sum(len(each) for each in pages)
     blocks = max(PAGE_BLOCKS, count * hot_rows // 2)
-    recipe = get_recipe("tck")
-    store = KVStore(geometry, recipe.layout(geometry.head_dim), count, blocks, NonePolicy(), 256, "cuda")
+    recipe = TckRecipe(refined_share=float(refined))
+    low = recipe.refined_layers(geometry.layers)
+    store = KVStore(geometry, recipe.layout(geometry.head_dim), count, blocks, NonePolicy(), 256, "cuda", refined=low)
     store.codec = placeholder(recipe, geometry, "cuda")
-    for buffer in (store.base.k_codes, store.base.v_codes):
+    for buffer in (store.base.k_codes, store.base.v_codes, store.base.k_low, store.base.v_low):
         buffer.random_(0, 256)
     for buffer in (store.hot.k_rows, store.hot.v_rows):
         buffer.random_(-127, 128)

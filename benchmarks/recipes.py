@@ -73,7 +73,7 @@ def main() -> None:
             return quality(passages, lambda p: tail_log_probabilities(model, p, codec, bias, key_bits, value_bits))
 
         both, keys, values, neither = (measure(*which) for which in ((True, True), (True, False), (False, True), (False, False)))
-        bits = codec.layout.bits_per_element(codec.geometry.head_dim)
+        bits = codec.layout.bits_per_element(codec.geometry.head_dim, len(codec.refined) / codec.geometry.layers)
         rows.append({"recipe": name, "bits": bits, **asdict(both), "kl_keys": keys.kl, "kl_values": values.kl, "kl_int8": neither.kl})
         print(
             f"{name:8s} {bits:6.3f} {both.kl:8.4f} {both.kl_error:8.4f} {both.top1:7.3f} {both.dnll:8.4f}"

@@ -28,9 +28,9 @@ def _leave_empty(lse_ptr, slots, members):
 
 @triton.jit(do_not_specialize=["page_stride", "list_stride", "slots"])
 def _stage1(
-    query_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
+    query_ptr, k_codes, v_codes, scales, k_low, v_low, hot_k, hot_v, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks,
     seq_lens, plan_pages, list_ptr, count_ptr, part_starts, part_requests, out_ptr, lse_ptr, page_stride, list_stride, softmax_scale, slots,
-    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PASSES: tl.constexpr, OVERLAP: tl.constexpr,
+    Hkv: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PASSES: tl.constexpr, OVERLAP: tl.constexpr, REFINED: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -59,9 +59,9 @@ def _stage1(
     at = query_head * slots + part + request
     if low < records:
         read_records(
-            query, k_codes, v_codes, scales, row_masks, key_step, key_zero, key_masks, pages_ptr, tokens,
+            query, k_codes, v_codes, scales, k_low, v_low, row_masks, key_step, key_zero, key_masks, pages_ptr, tokens,
             low * pages // records, tl.minimum(high, records) * pages // records, head, out_ptr + at * D, lse_ptr + at, slots, members,
-            softmax_scale, Hkv, D,
+            softmax_scale, Hkv, D, REFINED,
         )  # fmt: skip
     elif low == records:
         _leave_empty(lse_ptr + at, slots, members)
@@ -129,6 +129,7 @@ def decode(
     softmax_scale: float,
     rotate_values: bool = True,
     final_lse: torch.Tensor | None = None,
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Attention of one new token a request over its cached tokens, that token included.
 
@@ -146,6 +147,7 @@ def decode(
         softmax_scale: multiplies the scores.
         rotate_values: False where the output projection takes rotated values (`Codec.values_folded`): the mean alone is added.
         final_lse: float32 [B, Hq], natural logarithm, of scores in the key basis; written where it is given.
+        low: of a refined layer, its low bits of K and V, uint8 [P, Hkv, 32, D/4].
     """
     batch, query_heads, dim = query.shape
     if dim not in (64, 128):
@@ -159,10 +161,10 @@ def decode(
     passes = triton.cdiv(group, PASS_HEADS.value)
     overlap = compute_capability(query) >= 9
     _stage1[(kv_heads * passes, parts)](
-        query, k_codes, v_codes, scales.view(torch.uint8), *rest, block_table, *key_parameters, lengths,
+        query, k_codes, v_codes, scales.view(torch.uint8), *(low or (k_codes, v_codes)), *rest, block_table, *key_parameters, lengths,
         plan.pages, plan.hot, plan.counts, plan.starts, plan.requests, partial, lse, plan.pages.stride(0), plan.hot.stride(0),
         softmax_scale, slots, Hkv=kv_heads, G=group, D=dim, PASSES=passes,
-        OVERLAP=overlap, num_warps=1, maxnreg=128, launch_pdl=overlap,
+        OVERLAP=overlap, REFINED=low is not None, num_warps=1, maxnreg=128, launch_pdl=overlap,
     )  # fmt: skip
     # Few rows: several programs each, while nothing needs all channels at once.
     channels = dim if rotate_values or batch * query_heads >= 200 else 32

@@ -2,9 +2,9 @@
 
 Nothing is written of the prefix: a program opens a tile of tokens at a time for 128 query rows, the heads of a GQA group for
 128 / group tokens. For few new tokens, and wherever `extend_dense` (which opens each token once) does not exist. On Hopper `extend_hopper`
-does this with specialised warps; the kernel here runs everywhere else and is the same computation. Small chunks on long prefixes are split
-over the keys; the parts merge by log-sum-exp. Specification: `attend` over the rows that `open` and `dequantise_rows` give
-(oscar_radix.attention.backend).
+does this with specialised warps; the kernel here runs everywhere else and is the same computation. Small chunks on
+long prefixes are split over the keys; the parts merge by log-sum-exp. Specification: `attend` over the rows that `open` and
+`dequantise_rows` give (oscar_radix.attention.backend).
 """
 
 import torch
@@ -15,7 +15,7 @@ from oscar_radix.kernels.capability import compute_capability
 from oscar_radix.kernels.extend_hopper import extend_hopper
 from oscar_radix.kernels.extend_parts import merge_parts
 from oscar_radix.kernels.extend_plan import ROWS
-from oscar_radix.kernels.open_rows import TILE, key_constants, open_tile
+from oscar_radix.kernels.open_rows import TILE, as_words, key_constants, low_constants, open_tile
 from oscar_radix.kernels.operands import halves
 from oscar_radix.kernels.pages import softmax_step
 
@@ -29,11 +29,11 @@ def _attend_tile(s, valid, values, top, total, acc):
 
 @triton.jit(do_not_specialize=["row_stride", "splits", "total_rows"])
 def _extend(
-    query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
+    query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, k_low, v_low, hot_k, hot_v, hot_scales, row_masks, table_ptr,
     key_step, key_zero, key_masks, mean_ptr, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
     out_ptr, lse_ptr, row_stride, splits, total_rows,
     Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTIAL: tl.constexpr, KEEP_LSE: tl.constexpr,
-    M: tl.constexpr,
+    M: tl.constexpr, REFINED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -51,7 +51,8 @@ def _extend(
     at_row = (start + position).to(tl.int64) * (Hkv * G) + head * G + member
     channel = tl.arange(0, D)
     query = tl.load(query_ptr + at_row[:, None] * D + channel[None, :], mask=row_ok[:, None], other=0.0)
-    constants = key_constants(key_step, key_zero, key_masks, head, D)
+    constants = key_constants(key_step, key_zero, key_masks, head, D, REFINED)
+    low = low_constants(key_step, head, D) if REFINED else constants
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
@@ -63,8 +64,9 @@ def _extend(
     for tile in range(first_tile, tl.minimum(last_tile, prefix_tiles)):
         at = tile * TILE + token
         keys, values = open_tile(
-            at, prefix, row, head, constants, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr, Hkv, D
-        )
+            at, prefix, row, head, constants, low, k_codes, v_codes, scales, k_low, v_low, hot_k, hot_v, hot_scales, row_masks, table_ptr,
+            Hkv, D, REFINED,
+        )  # fmt: skip
         top, total, acc = _attend_tile(tl.dot(query, tl.trans(halves(keys))), (at < prefix)[None, :], halves(values), top, total, acc)
     for tile in range(tl.maximum(first_tile, prefix_tiles), last_tile):
         at = (tile - prefix_tiles) * TILE + token
@@ -96,6 +98,7 @@ def extend(
     splits: int,
     out: torch.Tensor,
     final_lse: torch.Tensor | None = None,
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Attention of the new tokens of a prefill batch to the cached tokens before them and, causally, to each other.
 
@@ -113,13 +116,14 @@ def extend(
         splits: parts of the keys, of `extend_splits`.
         out: [T, Hq, D] in the value basis, any float dtype; written.
         final_lse: float32 [T, Hq], natural logarithm, of scores in the key basis; written where it is given.
+        low: of a refined layer, its low bits of K and V, uint8 [P, Hkv, 32, D/4].
     """
     tokens, query_heads, dim = query.shape
     kv_heads = own[0].shape[1]
     group = query_heads // kv_heads
     rows = tokens * query_heads
     k_codes, v_codes, scales, hot_k, hot_v, *rest = layer_cache
-    words = (k_codes.view(torch.int32), v_codes.view(torch.int32), scales, hot_k.view(torch.int32), hot_v.view(torch.int32))
+    codes, below, hot = (as_words(two) for two in ((k_codes, v_codes), low or (k_codes, v_codes), (hot_k, hot_v)))
     req_to_token, *where = sequences
     keep = final_lse is not None
     kept = final_lse if keep else value_mean
@@ -128,11 +132,11 @@ def extend(
         target = torch.empty(splits, tokens, query_heads, dim, dtype=torch.float32, device=out.device)
         lse = torch.empty(splits, tokens, query_heads, dtype=torch.float32, device=out.device)
     arguments = (
-        query, *own, *words, *rest, block_table, *key_parameters, value_mean, req_to_token, *where, *blocks,
+        query, *own, *codes, scales, *below, *hot, *rest, block_table, *key_parameters, value_mean, req_to_token, *where, *blocks,
         target, lse, req_to_token.stride(0), splits, rows,
     )  # fmt: skip
     constants = {"Hkv": kv_heads, "G": group, "GROUP": triton.next_power_of_2(group), "D": dim, "PARTIAL": splits > 1}
-    constants["KEEP_LSE"] = keep and splits == 1
+    constants |= {"KEEP_LSE": keep and splits == 1, "REFINED": low is not None}
     grid = (kv_heads, len(blocks[0]), splits)
     if compute_capability(query) == 9:
         extend_hopper[grid](*arguments, **constants, num_warps=4)

@@ -193,12 +193,13 @@ def extend_dense(
     plan: ExtendPlan,
     out: torch.Tensor,
     final_lse: torch.Tensor | None = None,
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """`extend` by opening the prefixes first, round by round.
 
     Args:
         buffers: of this plan; they hold the new tokens' rows.
-        query, layer_cache, block_table, key_parameters, value_mean, sequences, out, final_lse: as in `extend`.
+        query, layer_cache, block_table, key_parameters, value_mean, sequences, out, final_lse, low: as in `extend`.
         plan: with rounds.
     """
     tokens, query_heads, dim = query.shape
@@ -209,7 +210,7 @@ def extend_dense(
     target, lse = (buffers.carried, buffers.lse) if parts else (out, final_lse if keep else value_mean)
     carried, state = (value_mean, value_mean) if buffers.carried is None else (buffers.carried, buffers.state)
     for segment, tiles in zip(plan.rounds.segments, plan.rounds.tiles, strict=True):
-        open_prefix(tiles, layer_cache, block_table, key_parameters, sequences[:3], buffers.rows)
+        open_prefix(tiles, layer_cache, block_table, key_parameters, sequences[:3], buffers.rows, low)
         extend_dense_round[(kv_heads, len(plan.blocks[0]), plan.splits)](
             query, *buffers.tiles, value_mean, segment, *sequences[3:], *plan.blocks, target, lse, carried, state, tokens * query_heads,
             plan.rounds.scratch_rows, plan.splits, Hkv=kv_heads, G=group, GROUP=triton.next_power_of_2(group), D=dim, PARTIAL=parts,

@@ -58,10 +58,11 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["row_stride", "splits", "total_rows"])
 def extend_hopper(
-    query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, hot_k, hot_v, hot_scales, row_masks, table_ptr,
+    query_ptr, k_ptr, v_ptr, k_codes, v_codes, scales, k_low, v_low, hot_k, hot_v, hot_scales, row_masks, table_ptr,
     key_step, key_zero, key_masks, mean_ptr, req_to_token, req_rows, prefix_lens, starts_ptr, lengths_ptr, block_request, block_first,
     out_ptr, lse_ptr, row_stride, splits, total_rows,
     Hkv: gl.constexpr, G: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, PARTIAL: gl.constexpr, KEEP_LSE: gl.constexpr,
+    REFINED: gl.constexpr,
 ):  # fmt: skip
     head = gl.program_id(0)
     # Later blocks read more of their own chunk: the longest first.
@@ -82,7 +83,7 @@ def extend_hopper(
     k_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], SWIZZLED)
     v_tiles = gl.allocate_shared_memory(gl.float16, [STAGES, TILE, D], SWIZZLED)
     q_tiles = gl.allocate_shared_memory(gl.float16, [2, CONSUMER_ROWS, D], SWIZZLED)
-    constants = gl.allocate_shared_memory(gl.int32, [20, 1, D // 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    constants = gl.allocate_shared_memory(gl.int32, [28 if REFINED else 20, 1, D // 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     k_full, v_full, k_free, v_free = tile_barriers()
     if last_tile > first_tile:
         # A consumer needs 192 registers; with fewer, ptxas makes every tensor-core instruction wait for the one before.
@@ -97,12 +98,12 @@ def extend_hopper(
                     k_tiles, v_tiles, q_tiles.index(1), k_full, v_full, k_free, v_free, CONSUMER_ROWS, Hkv, G, GROUP, D, PARTIAL, KEEP_LSE,
                 )),
                 (produce, (
-                    first_tile, last_tile, prefix, length, start, row, head, k_codes, scales, hot_k, hot_scales, row_masks, table_ptr,
-                    key_step, key_zero, key_masks, k_ptr, constants, k_tiles, k_full, k_free, 0, Hkv, D,
+                    first_tile, last_tile, prefix, length, start, row, head, k_codes, scales, k_low, hot_k, hot_scales, row_masks,
+                    table_ptr, key_step, key_zero, key_masks, k_ptr, constants, k_tiles, k_full, k_free, 0, Hkv, D, REFINED,
                 )),
                 (produce, (
-                    first_tile, last_tile, prefix, length, start, row, head, v_codes, scales, hot_v, hot_scales, row_masks, table_ptr,
-                    key_step, key_zero, key_masks, v_ptr, constants, v_tiles, v_full, v_free, 1, Hkv, D,
+                    first_tile, last_tile, prefix, length, start, row, head, v_codes, scales, v_low, hot_v, hot_scales, row_masks,
+                    table_ptr, key_step, key_zero, key_masks, v_ptr, constants, v_tiles, v_full, v_free, 1, Hkv, D, REFINED,
                 )),
             ],
             [4, 4, 4], [192, 64, 64],

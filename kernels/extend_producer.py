@@ -16,6 +16,7 @@ record_keys = gluon.jit(operands.record_keys.fn)
 record_values = gluon.jit(operands.record_values.fn)
 int8_rows = gluon.jit(operands.int8_rows.fn)
 pair = gluon.jit(operands.pair.fn)
+pair_sum = gluon.jit(operands.pair_sum.fn)
 twice = gluon.jit(operands.twice.fn)
 
 
@@ -25,8 +26,12 @@ def _set_bits(x):
 
 
 @gluon.jit
-def _store_key_constants(key_step, key_zero, key_masks, head, constants, D: gl.constexpr):
-    """For each K plane the masks, steps and shifts of `operands.key_plane` to shared memory, [20, 1, D / 16]."""
+def _store_key_constants(key_step, key_zero, key_masks, head, constants, D: gl.constexpr, REFINED: gl.constexpr):
+    """For each K plane the masks, steps and shifts of `operands.key_plane` to shared memory, [20, 1, D / 16].
+
+    In a refined layer a code counts 4 steps; a step of the low bits follows, [8, 1, D / 16].
+    """
+    UNIT: gl.constexpr = 4.0 if REFINED else 1.0
     W: gl.constexpr = D // 16
     word = gl.arange(0, W, gl.SliceLayout(0, codes_layout(D, 0)))
     for plane in gl.static_range(4):
@@ -37,10 +42,13 @@ def _store_key_constants(key_step, key_zero, key_masks, head, constants, D: gl.c
         s3 = gl.load(key_step + at + 3)
         mask = gl.load((key_masks + at).to(gl.pointer_type(gl.int32))) << (2 * plane)
         constants.index(5 * plane).store(mask[None, :])
-        constants.index(5 * plane + 1).store(pair(s0 * 0.25**plane, s1 * 0.25**plane)[None, :])
-        constants.index(5 * plane + 2).store(pair(s2 * 0.25**plane, s3 * 0.25**plane)[None, :])
+        constants.index(5 * plane + 1).store(pair(s0 * (UNIT * 0.25**plane), s1 * (UNIT * 0.25**plane))[None, :])
+        constants.index(5 * plane + 2).store(pair(s2 * (UNIT * 0.25**plane), s3 * (UNIT * 0.25**plane))[None, :])
         constants.index(5 * plane + 3).store(pair(-s0 * gl.load(key_zero + at), -s1 * gl.load(key_zero + at + 1))[None, :])
         constants.index(5 * plane + 4).store(pair(-s2 * gl.load(key_zero + at + 2), -s3 * gl.load(key_zero + at + 3))[None, :])
+        if REFINED:
+            constants.index(20 + 2 * plane).store(pair(s0 * 0.25**plane, s1 * 0.25**plane)[None, :])
+            constants.index(21 + 2 * plane).store(pair(s2 * 0.25**plane, s3 * 0.25**plane)[None, :])
     gl.thread_barrier()
 
 
@@ -101,6 +109,18 @@ def _cold_rows(
 
 
 @gluon.jit
+def _low_bits(first, second, first_mask, second_mask, head, low_ptr, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr):
+    """Low bits of a half tile's cold tokens, in a refined layer."""
+    C: gl.constexpr = codes_layout(D, WHICH)
+    low = gl.zeros([HALF, D // 16], gl.int32, C)
+    if (first_mask & second_mask) != -1:
+        token = gl.arange(0, HALF, gl.SliceLayout(1, C))
+        record = (gl.where(token < 32, first, second) * Hkv + head) * 32 + (token & 31)
+        low = gl.load(low_ptr + (record[:, None] * (D // 16) + gl.arange(0, D // 16, gl.SliceLayout(0, C))[None, :]))
+    return low
+
+
+@gluon.jit
 def _hot_rows(
     first_mask, second_mask, block, half, prefix, head, hot_ptr, hot_scales, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr
 ):  # fmt: skip
@@ -118,23 +138,32 @@ def _hot_rows(
 
 
 @gluon.jit
-def _open(codes, scale, constants, WHICH: gl.constexpr, D: gl.constexpr):
-    """Keys or values of packed words, pairs [HALF, D / 2]."""
+def _open(codes, low, scale, constants, WHICH: gl.constexpr, D: gl.constexpr, REFINED: gl.constexpr):
+    """Keys or values of packed words, pairs [HALF, D / 2]; low: the words of low bits, in a refined layer."""
     C: gl.constexpr = codes_layout(D, WHICH)
     if WHICH == 0:
         loaded = ()
         for i in gl.static_range(20):
             loaded = loaded + (constants.index(i).load(C),)
         opened = record_keys(codes, loaded, twice(scale)[:, None])
+        if REFINED:
+            steps = ()
+            none = gl.zeros([1, D // 16], gl.int32, C)
+            for i in gl.static_range(4):
+                mask = gl.full([1, D // 16], 0x03030303 << (2 * i) if i < 3 else -0x3F3F3F40, gl.int32, C)
+                steps = steps + (mask, constants.index(20 + 2 * i).load(C), constants.index(21 + 2 * i).load(C), none, none)
+            opened = pair_sum(opened, record_keys(low, steps, twice(scale)[:, None]))
     else:
         opened = record_values(codes, twice(scale)[:, None])
+        if REFINED:
+            opened = pair_sum(opened, record_values(low, twice((scale * 0.25).to(gl.float16))[:, None]))
     return gl.convert_layout(opened, pairs_layout(D, WHICH), assert_trivial=True)
 
 
 @gluon.jit
 def _produce_prefix(
-    first_half, last_half, prefix, row, head, codes_ptr, scales, hot_ptr, hot_scales, row_masks, table_ptr, constants,
-    tiles, full, free, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr,
+    first_half, last_half, prefix, row, head, codes_ptr, scales, low_ptr, hot_ptr, hot_scales, row_masks, table_ptr, constants,
+    tiles, full, free, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr, REFINED: gl.constexpr,
 ):  # fmt: skip
     """Open cached tokens, half a tile an iteration."""
     R: gl.constexpr = rows_layout(D, WHICH)
@@ -144,6 +173,9 @@ def _produce_prefix(
     p0, p1, m0, m1 = _masks(s0, s1, row_masks, head, Hkv)
     block = _blocks(p0, p1, m0, m1, first_half, prefix, table_ptr, R)
     codes, scale = _cold_rows(p0, p1, m0, m1, first_half, prefix, head, codes_ptr, scales, WHICH, Hkv, D)
+    low = codes
+    if REFINED:
+        low = _low_bits(p0, p1, m0, m1, head, low_ptr, WHICH, Hkv, D)
     rows, hot_scale = _hot_rows(m0, m1, block, first_half, prefix, head, hot_ptr, hot_scales, WHICH, Hkv, D)
     s0, s1 = _slots(row, first_half + 1, prefix)
     next_p0, next_p1, next_m0, next_m1 = _masks(s0, s1, row_masks, head, Hkv)
@@ -156,12 +188,14 @@ def _produce_prefix(
         stage = turn % STAGES
         opened = gl.zeros([HALF, D // 2], gl.int32, P)
         if (m0 & m1) != -1:
-            opened = _open(codes, scale, constants, WHICH, D)
+            opened = _open(codes, low, scale, constants, WHICH, D, REFINED)
         if (m0 | m1) != 0:
             hot, _ = _hot_tokens(m0, m1, half, prefix, P)
             opened = gl.where(hot[:, None], gl.convert_layout(int8_rows(rows, twice(hot_scale)[:, None]), P, assert_trivial=True), opened)
         # The loads of the next half are under way while this one waits for its place and is stored.
         codes, scale = _cold_rows(next_p0, next_p1, next_m0, next_m1, half + 1, prefix, head, codes_ptr, scales, WHICH, Hkv, D)
+        if REFINED:
+            low = _low_bits(next_p0, next_p1, next_m0, next_m1, head, low_ptr, WHICH, Hkv, D)
         rows, hot_scale = _hot_rows(next_m0, next_m1, next_block, half + 1, prefix, head, hot_ptr, hot_scales, WHICH, Hkv, D)
         m0, m1 = next_m0, next_m1
         next_block = _blocks(after_p0, after_p1, after_m0, after_m1, half + 2, prefix, table_ptr, R)
@@ -193,18 +227,18 @@ def _copy_own(position, length, start, head, rows_ptr, tile, Hkv: gl.constexpr, 
 @gluon.jit
 def produce(
     first_tile, last_tile, prefix, length, start, row, head,
-    codes_ptr, scales, hot_ptr, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks, own_ptr, constants,
-    tiles, full, free, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr,
+    codes_ptr, scales, low_ptr, hot_ptr, hot_scales, row_masks, table_ptr, key_step, key_zero, key_masks, own_ptr, constants,
+    tiles, full, free, WHICH: gl.constexpr, Hkv: gl.constexpr, D: gl.constexpr, REFINED: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys (WHICH = 0) or of values (1) to shared memory: the prefix's, then the chunk's own."""
     prefix_tiles = (prefix + TILE - 1) // TILE
     boundary = gl.minimum(last_tile, prefix_tiles)
     if first_tile < boundary:
         if WHICH == 0:
-            _store_key_constants(key_step, key_zero, key_masks, head, constants, D)
+            _store_key_constants(key_step, key_zero, key_masks, head, constants, D, REFINED)
         _produce_prefix(
-            2 * first_tile, 2 * boundary, prefix, row, head, codes_ptr, scales, hot_ptr, hot_scales, row_masks, table_ptr, constants,
-            tiles, full, free, WHICH, Hkv, D,
+            2 * first_tile, 2 * boundary, prefix, row, head, codes_ptr, scales, low_ptr, hot_ptr, hot_scales, row_masks, table_ptr,
+            constants, tiles, full, free, WHICH, Hkv, D, REFINED,
         )  # fmt: skip
     for tile in range(gl.maximum(first_tile, prefix_tiles), last_tile):
         turn = tile - first_tile

@@ -21,14 +21,28 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _record_scores(k_codes, scales, record, keep, masks, b0, b1, b2, b3, unit_b, offset, D: tl.constexpr):
+def _operand(codes, low, masks, refined, plane: tl.constexpr, D: tl.constexpr, REFINED: tl.constexpr):
+    """Operand of a K plane, transposed: fp16 [D / 4, n]; low: bytes of low bits in a refined layer, 0 in others."""
+    operand = key_operand(codes, masks, plane, D)
+    if REFINED:
+        operand = operand * tl.where(refined, 4.0, 1.0).to(tl.float16) + ((low >> (2 * plane)) & 3).to(tl.float16)
+    return tl.trans(operand)
+
+
+@triton.jit
+def _record_scores(
+    k_codes, scales, k_low, record, low_record, keep, refined, masks, b0, b1, b2, b3, unit_b, offset, D: tl.constexpr, REFINED: tl.constexpr
+):
     """Scores of M query rows against the records [n], in units of log 2: float32 [M, n]; rows outside `keep` are not read."""
     Q: tl.constexpr = D // 4
     codes = tl.load(k_codes + record[:, None] * Q + tl.arange(0, Q)[None, :], mask=keep[:, None], other=0)
-    s = tl.dot(b0, tl.trans(key_operand(codes, masks, 0, D)))
-    s = tl.dot(b1, tl.trans(key_operand(codes, masks, 1, D)), s)
-    s = tl.dot(b2, tl.trans(key_operand(codes, masks, 2, D)), s)
-    s = tl.dot(b3, tl.trans(key_operand(codes, masks, 3, D)), s)
+    low = codes
+    if REFINED:
+        low = tl.load(k_low + low_record[:, None] * Q + tl.arange(0, Q)[None, :], mask=(keep & refined)[:, None], other=0)
+    s = tl.dot(b0, _operand(codes, low, masks, refined, 0, D, REFINED))
+    s = tl.dot(b1, _operand(codes, low, masks, refined, 1, D, REFINED), s)
+    s = tl.dot(b2, _operand(codes, low, masks, refined, 2, D, REFINED), s)
+    s = tl.dot(b3, _operand(codes, low, masks, refined, 3, D, REFINED), s)
     return (s * unit_b[:, None] - offset[:, None]) * tl.load(scales + record * 2, mask=keep, other=0.0).to(tl.float32)[None, :]
 
 
@@ -73,10 +87,11 @@ def _add_hot(
 
 @triton.jit(do_not_specialize=["record_pages", "hot_blocks", "slots", "count", "queries", "nearest"])
 def _add_mass(
-    query_ptr, lse_ptr, k_codes, scales, hot_k, hot_scales, row_masks, row_numbers, table_ptr, levels_ptr,
+    query_ptr, lse_ptr, k_codes, scales, k_low, low_places, hot_k, hot_scales, row_masks, row_numbers, table_ptr, levels_ptr,
     key_step, key_zero, key_masks, lengths_ptr, entries, chunks, mass_ptr, visits_ptr,
     query_stride, lse_stride, record_pages, hot_blocks, slots, count, queries, nearest, softmax_scale,
     Hkv: tl.constexpr, G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, RECORDS: tl.constexpr,
+    REFINED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     chunk = chunks + tl.program_id(1)
@@ -101,6 +116,7 @@ def _add_mass(
     if RECORDS:
         b0, b1, b2, b3, _, _, _, _, unit_b, _, offset = load_queries(query_ptr, rows, row_ok, key_step, key_zero, head, softmax_scale, D)
         masks = key_masks + parameters + head * D
+        low_place = tl.load(low_places + layer).to(tl.int64) if REFINED else layer
         place = tl.arange(0, TILE_PAGES * PAGE)
         token = place % PAGE
         for tile in range(first, last, TILE_PAGES):
@@ -113,7 +129,10 @@ def _add_mass(
             cold = counted & ~hot
             if tl.sum(cold.to(tl.int32), 0) > 0:
                 record = ((layer * record_pages + page) * Hkv + head) * PAGE + token
-                scores = _record_scores(k_codes, scales, record, cold, masks, b0, b1, b2, b3, unit_b, offset, D)
+                low_record = ((low_place * record_pages + page) * Hkv + head) * PAGE + token
+                scores = _record_scores(
+                    k_codes, scales, k_low, record, low_record, cold, low_place >= 0, masks, b0, b1, b2, b3, unit_b, offset, D, REFINED
+                )
                 _add(mass_ptr + ((layer * slots + slot) * Hkv + head) * PAGE + token, scores, lse, limit, position, cold)
             if (layer == 0) & (head == 0):
                 seen = row_ok[:, None] & (member == 0)[:, None] & (position[None, :] < limit[:, None])
@@ -155,6 +174,7 @@ def add_mass(
     mass: tuple[torch.Tensor, torch.Tensor],
     softmax_scale: float,
     nearest: int = 0,
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Add the mass of the last T queries of each of B sequences, over all layers; B and all layers' tensors are of the step itself.
 
@@ -170,6 +190,8 @@ def add_mass(
         mass: values float32 [L, S, Hkv, 32] and visits float32 [S, 32] (queries that could see the token), both added to.
         softmax_scale: multiplies the scores.
         nearest: the token of a query itself and the `nearest - 1` before it get nothing from it; 0 counts all.
+        low: where there are refined layers, the low bits of their keys, uint8 [R, P, Hkv, 32, D/4], and their places among the R,
+            int32 [L], -1 for the other layers.
     """
     layers, _, queries, query_heads, dim = query.shape
     kv_heads = key_parameters[0].shape[1]
@@ -181,14 +203,16 @@ def add_mass(
     height = max(16, rounded * triton.next_power_of_2(queries))
     grid = (kv_heads, chunks.shape[1], layers)
     fast = queries == 1 and dim == 128 and group <= 8
+    k_codes, scales, hot_k, _, row_masks, _ = cache
+    k_low, low_places = low or (k_codes, entries)
     if fast:
-        k_codes, scales, _, _, row_masks, _ = cache
         mass_records[grid](
-            query, lse, k_codes, scales.view(torch.uint8), row_masks, *key_parameters, *watched, *mass, query.stride(0),
-            lse.stride(0), k_codes.shape[1], mass[0].shape[1], entries.shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group, num_warps=1,
+            query, lse, k_codes, scales.view(torch.uint8), k_low, low_places, row_masks, *key_parameters, *watched, *mass, query.stride(0),
+            lse.stride(0), k_codes.shape[1], mass[0].shape[1], entries.shape[1], nearest, softmax_scale, Hkv=kv_heads, G=group,
+            REFINED=low is not None, num_warps=1,
         )  # fmt: skip
     _add_mass[grid](
-        query, lse, *cache, *tables, *key_parameters, *watched, *mass, query.stride(0), lse.stride(0), cache[0].shape[1], cache[2].shape[1],
-        mass[0].shape[1], entries.shape[1], queries, nearest, softmax_scale, Hkv=kv_heads, G=group, GROUP=rounded, D=dim, M=height,
-        RECORDS=not fast, **launch_options(height),
+        query, lse, k_codes, scales, k_low, low_places, *cache[2:], *tables, *key_parameters, *watched, *mass, query.stride(0),
+        lse.stride(0), k_codes.shape[1], hot_k.shape[1], mass[0].shape[1], entries.shape[1], queries, nearest, softmax_scale, Hkv=kv_heads,
+        G=group, GROUP=rounded, D=dim, M=height, RECORDS=not fast, REFINED=low is not None, **launch_options(height),
     )  # fmt: skip

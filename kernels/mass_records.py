@@ -7,7 +7,9 @@ eight lanes of its column, one head each; three exchanges sum them, and every la
 import triton
 import triton.language as tl
 
-from oscar_radix.kernels.decode_records import _query_operands, _scores, _tail, key_masks
+from oscar_radix.kernels.decode_records import _query_operands, _tail
+from oscar_radix.kernels.fine_codes import fine_masks, fine_scores
+from oscar_radix.kernels.record_words import key_masks, scores
 from oscar_radix.kernels.warp import exp2, load2, shuffle, unpack_half2
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -21,14 +23,31 @@ def _head_sum(x, lane):
     return x + shuffle(x, lane ^ 16)
 
 
+@triton.jit
+def _logits(k_ptr, k_low, record, low_record, n, g, t, query, masks, refined, REFINED: tl.constexpr):
+    """`scores` of tokens 8n + 2t and 8n + 2t + 1, with low bits where the layer is refined."""
+    at = (8 * n + g) * 32 + 8 * t
+    w0, w1 = load2(k_ptr + record * 1024 + at)
+    if REFINED:
+        if refined:
+            first, second = fine_scores(w0, w1, load2(k_low + low_record * 1024 + at), query, fine_masks(masks))
+        else:
+            first, second = scores(w0, w1, query, masks)
+    else:
+        first, second = scores(w0, w1, query, masks)
+    return first, second
+
+
 @triton.jit(do_not_specialize=["record_pages", "slots", "count", "nearest"])
 def mass_records(
-    query_ptr, lse_ptr, k_ptr, s_ptr, hot_mask_ptr, key_step, key_zero, masks_ptr, lengths_ptr, entries, chunks, mass_ptr, visits_ptr,
-    query_stride, lse_stride, record_pages, slots, count, nearest, softmax_scale, Hkv: tl.constexpr, G: tl.constexpr,
+    query_ptr, lse_ptr, k_ptr, s_ptr, k_low, low_places, hot_mask_ptr, key_step, key_zero, masks_ptr, lengths_ptr, entries, chunks,
+    mass_ptr, visits_ptr, query_stride, lse_stride, record_pages, slots, count, nearest, softmax_scale,
+    Hkv: tl.constexpr, G: tl.constexpr, REFINED: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0)
     chunk = chunks + tl.program_id(1)
     layer = tl.program_id(2).to(tl.int64)
+    low_place = tl.load(low_places + layer).to(tl.int64) if REFINED else layer
     request = tl.load(chunk)
     first = tl.load(chunk + tl.num_programs(1))
     last = tl.load(chunk + 2 * tl.num_programs(1))
@@ -56,9 +75,9 @@ def mass_records(
         if (begin < limit) & (skipped != -1):
             sums = tl.zeros([32], tl.float32)
             for n in tl.static_range(4):
-                k0, k1 = load2(k_ptr + record * 1024 + (8 * n + g) * 32 + 8 * t)
                 scale0, scale1 = load2(s_ptr + record * 128 + (8 * n + 2 * t) * 4)
-                d0, d1 = _scores(k0, k1, query, masks)
+                low_record = (low_place * record_pages + page) * Hkv + head
+                d0, d1 = _logits(k_ptr, k_low, record, low_record, n, g, t, query, masks, low_place >= 0, REFINED)
                 ks0, _ = unpack_half2(scale0)
                 ks1, _ = unpack_half2(scale1)
                 p0 = tl.minimum(exp2((d0 - offset) * ks0 * exponent + base), 1.0)

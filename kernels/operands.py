@@ -63,6 +63,12 @@ def pair(low, high):
 
 
 @triton.jit
+def pair_sum(a, b):
+    """Sums of two pairs of fp16, rounded."""
+    return tl.inline_asm_elementwise("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def twice(x):
     """A pair of the same fp16 number."""
     return (x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) * 0x10001

@@ -27,9 +27,9 @@ def _codes(rows, ratio, inverse_step, top):
 
 @triton.jit
 def _seal(
-    pages_ptr, starts_ptr, k8, v8, row_scales, table_ptr, k_codes, v_codes, scales,
+    pages_ptr, starts_ptr, k8, v8, row_scales, table_ptr, k_codes, v_codes, scales, k_low, v_low,
     energy_weights, energy_unit, inverse_step, top_ptr, masks_ptr, value_unit,
-    HOT: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
+    HOT: tl.constexpr, DECODE: tl.constexpr, OVERLAP: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, REFINED: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -63,15 +63,21 @@ def _seal(
         wide = k_row.to(tl.float32)
         ratio = tl.where(wide > 0, tl.div_rn(k_scale.to(tl.float32), tl.where(wide > 0, wide, 1.0)), 0.0)
         packed = tl.zeros([PAGE, Q], tl.int32)
+        below = tl.zeros([PAGE, Q], tl.int32)
         for plane in tl.static_range(4):
             at = head * D + plane * Q + channel
             x = tl.load(k8 + row[:, None] * D + plane * Q + channel[None, :])
             top = tl.load(top_ptr + at)
             code = _codes(x, ratio, tl.load(inverse_step + at), top)
+            if REFINED:
+                below |= (code & 3) << (2 * plane)
+                code = code >> 2
             # A code starts at the lowest bit of its mask (see `codec.packing`).
             mask = tl.load(masks_ptr + at).to(tl.int32)
             packed |= (code * (mask & -mask)[None, :]) << (2 * plane)
         tl.store(k_codes + record[:, None] * Q + channel[None, :], packed.to(tl.uint8))
+        if REFINED:
+            tl.store(k_low + record[:, None] * Q + channel[None, :], below.to(tl.uint8))
 
         energy = tl.zeros([PAGE], tl.float64)
         for plane in tl.static_range(4):
@@ -81,16 +87,22 @@ def _seal(
         wide = v_row.to(tl.float32)
         ratio = tl.where(wide > 0, tl.div_rn(v_scale.to(tl.float32), tl.where(wide > 0, wide, 1.0)), 0.0)
         packed = tl.zeros([PAGE, Q], tl.int32)
+        below = tl.zeros([PAGE, Q], tl.int32)
         along = tl.zeros([PAGE], tl.int32)
         ones = tl.full([Q], 1.0, tl.float32)
         for plane in tl.static_range(4):
             x = tl.load(v8 + row[:, None] * D + value_channels(plane, D)[None, :])
-            code = _codes(x, ratio, ones, ones * 3.0)
+            code = _codes(x, ratio, ones * 4.0, ones * 15.0) if REFINED else _codes(x, ratio, ones, ones * 3.0)
+            along += tl.sum(x.to(tl.int32) * (2 * code - (15 if REFINED else 3)), 1)
+            if REFINED:
+                below |= (code & 3) << (2 * plane)
+                code = code >> 2
             packed |= code << (2 * plane)
-            along += tl.sum(x.to(tl.int32) * (2 * code - 3), 1)
         # The scale at which the codes are read without bias (`codec.uniform.unbiased_scale`).
-        v_row = _row_scale(tl.where(along > 0, 2.0 * energy / tl.maximum(along, 1).to(tl.float64), 0.0), v_scale)
+        v_row = _row_scale(tl.where(along > 0, (8.0 if REFINED else 2.0) * energy / tl.maximum(along, 1).to(tl.float64), 0.0), v_scale)
         tl.store(v_codes + record[:, None] * Q + channel[None, :], packed.to(tl.uint8))
+        if REFINED:
+            tl.store(v_low + record[:, None] * Q + channel[None, :], below.to(tl.uint8))
         tl.store(scales + record * 2, k_row)
         tl.store(scales + record * 2 + 1, v_row)
 
@@ -103,6 +115,7 @@ def seal(
     block_table: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     newest_slots: bool = False,
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write the records of full pages of one layer.
 
@@ -116,6 +129,7 @@ def seal(
             [Hkv, 4, D/4], value_unit float64 [] of a `SteppedCodec`.
         block_table: int32 [P, 16].
         starts: int64 [N], index of each page's first token in the chunk.
+        low: of a refined layer, its low bits of K and V, uint8 [P, Hkv, 32, D/4]; written.
     """
     if (block_table is None) == (starts is None):
         raise ValueError("a page's rows are either in the hot pool (block_table) or in the chunk (starts)")
@@ -126,7 +140,7 @@ def seal(
     # In a decode step its launch overlaps the end of the write.
     overlap = newest_slots and compute_capability(pages) >= 9
     _seal[(len(pages), kv_heads)](
-        pages, unused if starts is None else starts, *rows, unused if block_table is None else block_table, *records, *parameters,
-        HOT=block_table is not None, DECODE=newest_slots, OVERLAP=overlap, Hkv=kv_heads, D=dim, num_warps=4, enable_fp_fusion=False,
-        launch_pdl=overlap,
+        pages, unused if starts is None else starts, *rows, unused if block_table is None else block_table, *records,
+        *(low or records[:2]), *parameters, HOT=block_table is not None, DECODE=newest_slots, OVERLAP=overlap, Hkv=kv_heads, D=dim,
+        REFINED=low is not None, num_warps=4, enable_fp_fusion=False, launch_pdl=overlap,
     )  # fmt: skip

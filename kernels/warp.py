@@ -106,6 +106,16 @@ def mma_int8(a, b0, b1, c):
 
 
 @triton.jit
+def mma_int8_uint8(a, b0, b1, c):
+    """`mma_int8` with B unsigned."""
+    return tl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def mma_fp16(a, b0, b1, c):
     """C[16, 8] += A[16, 16] B[16, 8], fp16 operands, float32 sums: `mma.m16n8k16`. a: 4 words; c: 4 values; returns 4 values."""
     return tl.inline_asm_elementwise(

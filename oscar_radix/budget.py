@@ -61,6 +61,7 @@ def split_budget(
     prefill_tokens: int | None,
     by_mass: bool = False,
     graphs: bool = False,
+    refined: int = 0,
 ) -> PoolSizes:
     """Sizes of the pools for `budget_bytes`, all of it counted: records, hot pool, tables, codec parameters.
 
@@ -77,13 +78,14 @@ def split_budget(
         prefill_tokens: tokens of one prefill chunk; None when prefill is not chunked.
         by_mass: the policy goes by attention mass, whose table shares the hot pool's part of the budget.
         graphs: decode steps replay from CUDA graphs, so that such a policy keeps sampled queries at fixed addresses.
+        refined: layers that keep low bits beside their records.
 
     Raises:
         ValueError: when the budget is too small, with what was asked and what is possible.
     """
     # With its part of a mass slot.
     block = HotPool.block_bytes(geometry) + (-(-MassTable.slot_bytes(geometry) // SLOT_BLOCKS) if by_mass else 0)
-    page = BaseRecords.page_bytes(geometry, layout) + HotPool.table_bytes_per_page(geometry) + PageTable.bytes_per_page()
+    page = BaseRecords.page_bytes(geometry, layout, refined) + HotPool.table_bytes_per_page(geometry) + PageTable.bytes_per_page()
     page += MassTable.bytes_per_page() + PageHeat.bytes_per_page() if by_mass else 0
     wanted_pages = (running_requests or 1) + -(-(prefill_tokens or 0) // PAGE_TOKENS)
     hot_blocks = max(int(budget_bytes * hot_fraction) // block, wanted_pages * PAGE_BLOCKS)

@@ -44,6 +44,7 @@ def config_from_budget(original: Callable[..., Any], self: Any, budget_bytes: in
         prefill_tokens=chunk if chunk and chunk > 0 else None,
         by_mass=POLICIES[config.policy].by_mass,
         graphs=self.device != "cpu",
+        refined=recipe.refined_layers(geometry.layers),
     )
     ranks = max(1, self.server_args.tp_size // self.server_args.nnodes)
     copies = host_pages(config.host_gib, ranks, geometry, sizes.pages, config.recent_pages + SINK_PAGES)
@@ -80,6 +81,7 @@ def build_kv_pool(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any
         hot_rows=config.hot_rows,
         sampled_queries=runtime.sizes.sampled_queries,
         host_pages=runtime.sizes.host_pages,
+        refined=get_recipe(config.recipe).refined_layers(geometry.layers),
     )
     if runtime.store.mass and get_parallel().attn_tp_size > 1:
         runtime.store.mass.heat.reduce = attn_tp_all_reduce

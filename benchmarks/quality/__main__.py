@@ -25,7 +25,6 @@ from benchmarks.quality.texts import shared_texts
 from oscar_radix.calibration.builtin_text import builtin_text
 from oscar_radix.calibration.collect import accumulate, load_model
 from oscar_radix.calibration.sequences import SEQUENCE_TOKENS
-from oscar_radix.codec import RECIPES
 from oscar_radix.model import prepare
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -80,11 +79,12 @@ def main() -> None:
     moments = accumulate(model, ids, progress, sequence_tokens=args.calibration_sequence).finish()
     first = tokenizer("", verbose=False)["input_ids"]
     of_size = grid.quick_cells() if args.quick else grid.full_cells() if args.full else grid.default_cells()
-    fitted = {recipe: Fitted.of(recipe, moments, args.device) for recipe in RECIPES}
+    fitted = {recipe: Fitted.of(recipe, moments, args.device) for recipe in grid.MEASURED}
     lengths = args.prefixes or (LENGTHS[:1] if args.quick else LENGTHS)
     out = args.out or (RESULTS / f"quality-{folder.name}{'-quick' if args.quick else ''}.json")
     report = json.loads(out.read_text()) if out.exists() else {}
     report = {**report, "model": folder.name, "head_dim": moments.geometry.head_dim}
+    report["refined_layers"] = list(fitted["tck"].codec.refined)
     command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
     for part in parts:
         if part == "recall":
@@ -96,7 +96,7 @@ def main() -> None:
         measured = []
         for shared in shares:
             measured.append(measure(model, fitted, shared, list(dict.fromkeys(cells)), progress))
-            summary = (recall_report if part == "recall" else by_length)(measured, cells, report["head_dim"])
+            summary = (recall_report if part == "recall" else by_length)(measured, cells, moments.geometry)
             made = {"command": command, "device": args.device, "calibration_sequence": args.calibration_sequence}
             report[part] = {**made, "seconds": round(time.monotonic() - begin), **summary}
             out.write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n")

@@ -8,7 +8,13 @@ from torch import Tensor
 from benchmarks.quality.reading import NEAREST, Mass, Prefix
 from benchmarks.quality.selection import GRANULARITIES
 from oscar_radix.calibration.evaluate import SINK_TOKENS
+from oscar_radix.codec import RECIPES, Recipe
+from oscar_radix.codec.tck import TckRecipe
 
+EVEN = "tck-even"
+MEASURED: dict[str, Recipe] = {**RECIPES, EVEN: TckRecipe(refined_share=0.0)}
+"""`tck-even`: tck with all layers at 2 bits, which the controls of uniform bits add to."""
+UNIFORM_BITS = (2.0, 2.5, 2.75, 3.0, 3.25)
 ROW_BITS = {"int8": 8, "int4": 4, "plain4": 4}
 HOT_ROWS = (2, 4, 8)
 SERVER_ROWS = (0.5, 1, 2, 4)
@@ -102,7 +108,7 @@ def recipe_cells(
 
 
 def uniform_cells(windows: tuple[int, ...]) -> list[Cell]:
-    return [Cell(window=window, key_bits=bits) for window in windows for bits in (2.0, 2.5, 3.0)]
+    return [Cell(EVEN, window=window, key_bits=bits) for window in windows for bits in UNIFORM_BITS]
 
 
 def search_cells(rows: int = 2) -> list[Cell]:
@@ -127,12 +133,13 @@ def default_cells() -> list[Cell]:
     cells = [Cell(), *uniform_cells((256,)), *server_cells()]
     cells += [Cell(policy=policy, rows=rows) for rows in HOT_ROWS for policy in POLICIES if rows < 8 or policy == "attention"]
     cells += [Cell(policy="attention", rows=rows, row_format="int4") for rows in (2, 4)]
-    return cells + [Cell(policy=policy, rows=2, key_bits=2.0) for policy in POLICIES]
+    return cells + [Cell(EVEN, policy, rows=2, key_bits=2.0) for policy in POLICIES]
 
 
 def server_cells() -> list[Cell]:
-    """Levels of pages as the server's policy decides them, and the controls of its lowest bytes."""
+    """Levels of pages as the server's policy decides them, the same without refined layers, and the controls of its lowest bytes."""
     cells = [Cell(policy="attention", rows=rows, granularity="server") for rows in SERVER_ROWS]
+    cells += [Cell(EVEN), *(replace(cell, recipe=EVEN) for cell in cells if cell.rows in (1, 2))]
     return cells + [Cell(policy=policy, rows=1) for policy in ("window", "random")]
 
 
@@ -145,6 +152,6 @@ def full_cells() -> list[Cell]:
 
 def recall_cells() -> list[Cell]:
     chosen = [Cell()] + [Cell(policy=policy, rows=2) for policy in POLICIES]
-    chosen += [Cell(policy="attention", rows=rows, granularity="server") for rows in (1, 2)]
+    chosen += [Cell(recipe, "attention", rows, granularity="server") for recipe in ("tck", EVEN) for rows in (1, 2)]
     chosen += [replace(cell, path="miss") for cell in chosen if cell.policy in ("none", "attention")]
-    return [*chosen, *uniform_cells((256,)), Cell(policy="attention", rows=2, key_bits=2.0), Cell("oscar")]
+    return [*chosen, *uniform_cells((256,)), Cell(EVEN, "attention", 2, key_bits=2.0), Cell("oscar")]

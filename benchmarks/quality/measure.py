@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality.grid import SCORES, Cell, Evidence
+from benchmarks.quality.grid import MEASURED, SCORES, Cell, Evidence
 from benchmarks.quality.reading import Readers, compute_prefix
 from benchmarks.quality.rows import PrefixRows
 from benchmarks.quality.scoring import Scores, score
 from benchmarks.quality.selection import choose
 from benchmarks.quality.texts import Shared
 from oscar_radix.calibration.predicted import fit
-from oscar_radix.codec import RECIPES, Calibration, Codec, Moments
+from oscar_radix.codec import Calibration, Codec, Moments
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Fitted:
 
     @classmethod
     def of(cls, recipe: str, moments: Moments, device: torch.device | str) -> "Fitted":
-        calibration = fit(RECIPES[recipe], moments)
-        codec = RECIPES[recipe].codec(calibration, device)
+        calibration = fit(MEASURED[recipe], moments)
+        codec = MEASURED[recipe].codec(calibration, device)
         basis = codec.query_basis.double().cpu()
         return cls(codec, calibration, (basis.mT @ moments.query_second.cpu() @ basis).float().to(device))
 

@@ -8,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.quality.grid import EVEN
+
 COLOURS = {"attention": "tab:blue", "window": "tab:orange", "random": "tab:green", "uniform K": "tab:red"}
 STYLES = {("int8", None): "-", ("int4", None): "--", ("int8", 2.0): ":"}
 """Format of hot rows, and bits of the records' keys: 2.0 has its row scales searched, None is the recipe's own."""
@@ -28,7 +30,7 @@ def draw(report: dict[str, Any], path: Path, window: int = 256) -> None:
 def _panel(axes: plt.Axes, table: list[dict[str, Any]], window: int) -> None:
     """One length of prefixes."""
     plain = [r for r in table if r["window"] == window and r["score"] == "mass" and r["granularity"] == "page"]
-    tck = [r for r in plain if r["recipe"] == "tck"]
+    tck = [r for r in plain if r["recipe"] == ("tck" if r["key_bits"] is None else EVEN)]
     start = {r["key_bits"]: r for r in tck if r["policy"] == "none"}
     for policy in ("attention", "window", "random"):
         for (row_format, key_bits), style in STYLES.items():
@@ -36,9 +38,12 @@ def _panel(axes: plt.Axes, table: list[dict[str, Any]], window: int) -> None:
             label = f"{policy}, {row_format} rows" + (", row scales searched" if key_bits else "")
             _line(axes, [start[key_bits], *ours] if ours and key_bits in start else ours, COLOURS[policy], style, label)
     server = [r for r in table if r["window"] == window and r["granularity"] == "server"]
-    _line(axes, [*([start[None]] if None in start else []), *server], "tab:purple", "-", "attention, pages at the server's levels")
+    for recipe, style, label in (("tck", "-", ""), (EVEN, ":", ", no refined layers")):
+        cold = [r for r in plain if r["recipe"] == recipe and r["policy"] == "none" and r["key_bits"] is None]
+        ours = [*cold, *(r for r in server if r["recipe"] == recipe)]
+        _line(axes, ours, "tab:purple", style, "attention, pages at the server's levels" + label)
     uniform = [row for bits, row in start.items() if bits]
-    _line(axes, uniform, COLOURS["uniform K"], "-", "uniform K of 2, 2.5 and 3 bits, row scales searched")
+    _line(axes, uniform, COLOURS["uniform K"], "-", "uniform K of 2 to 3.25 bits, row scales searched")
     for recipe, marker in (("mulm", "^"), ("oscar", "s")):
         for row in (r for r in plain if r["recipe"] == recipe and r["policy"] == "none"):
             axes.plot(row["bits"], row["kl"], marker, color="tab:gray", label=f"{recipe}, no hot rows")

@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.bits import effective_bits, record_bytes
-from benchmarks.quality.grid import ROW_BITS, Cell
+from benchmarks.quality.grid import EVEN, MEASURED, ROW_BITS, UNIFORM_BITS, Cell
 from benchmarks.quality.measure import Measured
 from benchmarks.quality.scoring import Scores, mean_and_error, paired_difference, paired_ratio
 from benchmarks.quality.texts import GIVERS
 from oscar_radix.calibration.evaluate import SINK_TOKENS
-from oscar_radix.codec import get_recipe
-from oscar_radix.geometry import PAGE_TOKENS
+from oscar_radix.geometry import PAGE_TOKENS, Geometry
 
+UNIFORM_AT = {1: "uniform K 2.75", 2: "uniform K 3.25"}
+"""The control of uniform bits at the bytes of a number of hot rows, where a sixteenth of the layers is refined."""
 KL_TARGET, TOP1_TARGET, BITS_TARGET, RATIO_TARGET, UNIFORM_TARGET = 0.012, 0.945, 2.8, 3.0, 1.5
 
 
-def bits_of(cell: Cell, head_dim: int, prefixes: list[int]) -> tuple[float, float]:
+def bits_of(cell: Cell, geometry: Geometry, prefixes: list[int]) -> tuple[float, float]:
     """Effective bits of the tokens between sinks and recent window, and of whole prefixes, both from bytes; mean over prefixes."""
-    record = record_bytes(get_recipe(cell.recipe).layout(head_dim), head_dim, cell.key_bits)
+    recipe, head_dim = MEASURED[cell.recipe], geometry.head_dim
+    refined = recipe.refined_layers(geometry.layers) / geometry.layers
+    record = record_bytes(recipe.layout(head_dim), head_dim, cell.key_bits, refined)
     share = cell.rows / PAGE_TOKENS
     middle = effective_bits(record, head_dim, share, ROW_BITS[cell.row_format])
     whole = []
@@ -38,11 +41,11 @@ def readers_of(measured: list[Measured], cell: Cell, what: str, quotes: bool = F
     return torch.cat([torch.nanmean(getattr(m.scores[cell], what)[mask], 1) for m, mask in zip(measured, wanted, strict=True)])
 
 
-def row_of(measured: list[Measured], cell: Cell, head_dim: int) -> dict[str, Any]:
+def row_of(measured: list[Measured], cell: Cell, geometry: Geometry) -> dict[str, Any]:
     """One line of the table: continuing readers, and quoting ones apart. Errors: one standard error over readers, whose positions are
     not independent."""
     measured = [m for m in measured if cell in m.scores]
-    middle, whole = bits_of(cell, head_dim, [m.prefix for m in measured])
+    middle, whole = bits_of(cell, geometry, [m.prefix for m in measured])
     row: dict[str, Any] = {**asdict(cell), "bits": round(middle, 4), "bits_with_window": round(whole, 4)}
     for name, what in (("kl", "kl"), ("top1", "same"), ("dnll", "rise")):
         row[name], row[f"{name}_error"] = (round(x, 6) for x in mean_and_error(readers_of(measured, cell, what)))
@@ -73,8 +76,9 @@ def comparisons(measured: list[Measured], cells: list[Cell]) -> list[dict[str, A
         shipped = cell.granularity == "server"
         if cell == default or shipped:
             controls = [replace(default, policy=policy) for policy in ("window", "random")]
-            uniform = (2.0, 2.5, 3.0) if cell.recipe == "tck" and cell.rows in (1, 2) else ()
-            controls += [Cell(window=cell.window, key_bits=bits) for bits in uniform]
+            uniform = UNIFORM_BITS if cell.recipe == "tck" and cell.rows in (1, 2) else ()
+            controls += [Cell(EVEN, window=cell.window, key_bits=bits) for bits in uniform]
+            controls += [replace(cell, recipe=EVEN)] if cell.recipe == "tck" else []
         else:
             controls = [default]
         for control in (c for c in controls if c in cells):
@@ -83,21 +87,22 @@ def comparisons(measured: list[Measured], cells: list[Cell]) -> list[dict[str, A
             ratio, low, high = paired_ratio(theirs, ours)
             difference, error = paired_difference(theirs, ours)
             named = "default score and granularity" if control == default else f"{control.line} {control.key_bits or ''}".strip()
+            named = "no refined layers" if control.policy == "attention" and control.recipe != cell.recipe else named
             out.append({"cell": asdict(cell), "control": named, "kl_ratio": round(ratio, 3), "ratio_95": [round(low, 3), round(high, 3)],
                         "kl_difference": round(difference, 6), "difference_error": round(error, 6)})
     return out
 
 
-def by_length(measured: list[Measured], cells: list[Cell], head_dim: int) -> dict[str, Any]:
+def by_length(measured: list[Measured], cells: list[Cell], geometry: Geometry) -> dict[str, Any]:
     """A report for each length of prefixes: the damage differs too much between lengths for one mean."""
     lengths = dict.fromkeys(m.prefix for m in measured)
-    return {"lengths": {str(n): text_report([m for m in measured if m.prefix == n], cells, head_dim) for n in lengths}}
+    return {"lengths": {str(n): text_report([m for m in measured if m.prefix == n], cells, geometry) for n in lengths}}
 
 
-def text_report(measured: list[Measured], cells: list[Cell], head_dim: int) -> dict[str, Any]:
+def text_report(measured: list[Measured], cells: list[Cell], geometry: Geometry) -> dict[str, Any]:
     """Everything about some prefixes of one length."""
     cells = list(dict.fromkeys([*cells, *measured[0].scores]))
-    table = [row_of(measured, cell, head_dim) for cell in cells]
+    table = [row_of(measured, cell, geometry) for cell in cells]
     compared = comparisons(measured, cells)
     continuing = [kind for kind in measured[0].kinds if kind != "quote"]
     return {
@@ -110,7 +115,7 @@ def text_report(measured: list[Measured], cells: list[Cell], head_dim: int) -> d
     }
 
 
-def recall_report(measured: list[Measured], cells: list[Cell], head_dim: int) -> dict[str, Any]:
+def recall_report(measured: list[Measured], cells: list[Cell], geometry: Geometry) -> dict[str, Any]:
     """Share of answer tokens that are the likeliest: key-value lines and copies, by the exact cache and by every cell."""
     tasks = list(dict.fromkeys(m.kinds[0] for m in measured))
 
@@ -121,7 +126,7 @@ def recall_report(measured: list[Measured], cells: list[Cell], head_dim: int) ->
             out[task], out[f"{task}_error"] = (round(x, 4) for x in mean_and_error(readers))
         return out
 
-    table = [{**asdict(c), "bits": round(bits_of(c, head_dim, [1])[0], 4), **accuracy(lambda m, c=c: m.scores[c])} for c in cells]
+    table = [{**asdict(c), "bits": round(bits_of(c, geometry, [1])[0], 4), **accuracy(lambda m, c=c: m.scores[c])} for c in cells]
     answers = {task: int(sum(m.exact.hit.isfinite().sum() for m in measured if m.kinds[0] == task)) for task in tasks}
     return {"prefixes": [m.prefix for m in measured], "answer_tokens": answers, "exact": accuracy(lambda m: m.exact), "table": table}
 
@@ -137,8 +142,10 @@ def verdicts(table: list[dict[str, Any]], compared: list[dict[str, Any]]) -> lis
                         f"at {row['bits']:.2f} bits ({_named(row)})")
     for entry in compared:
         cell = entry["cell"]
-        wanted = {"window": RATIO_TARGET, "random": RATIO_TARGET, "uniform K 3.0": UNIFORM_TARGET}.get(entry["control"])
-        if cell["recipe"] == "tck" and cell["rows"] == 2 and wanted:
+        if cell["rows"] not in UNIFORM_AT:
+            continue
+        wanted = {"window": RATIO_TARGET, "random": RATIO_TARGET, UNIFORM_AT[cell["rows"]]: UNIFORM_TARGET}.get(entry["control"])
+        if cell["recipe"] == "tck" and wanted:
             hit = entry["kl_ratio"] >= wanted
             said.append(f"{'hit' if hit else 'missed'}: attention {entry['kl_ratio']:.2f} times lower KL than {entry['control']} "
                          f"{entry['ratio_95']} (>= {wanted}; {_named(cell)})")

@@ -7,13 +7,15 @@ from oscar_radix.codec.calibration import Calibration
 from oscar_radix.codec.tck import WHITENING
 from oscar_radix.codec.uniform import GAUSSIAN_MSE, GAUSSIAN_STEP
 
+WIDEST = 6
+"""Bits of a channel at most, as in records."""
 STRETCHES = (0.8, 1.0, 1.25, 1.6, 2.0, 2.6, 3.4)
 """Row scales that are tried. Records use 1.15 for every row, which clips the large coordinates of the very rows that attention rests on."""
 
 
 def water_filled(variances: Tensor, bits: float) -> Tensor:
     """Widths int64 [..., D] of 0 to 6 bits, `bits` on average, any mix: each next bit goes where it removes most error."""
-    gains = torch.stack([variances * (GAUSSIAN_MSE[width] - GAUSSIAN_MSE[width + 1]) for width in range(max(GAUSSIAN_MSE))], -1)
+    gains = torch.stack([variances * (GAUSSIAN_MSE[width] - GAUSSIAN_MSE[width + 1]) for width in range(WIDEST)], -1)
     count = round(bits * variances.shape[-1])
     order = gains.flatten(-2).argsort(-1, descending=True)[..., :count]
     return torch.zeros_like(gains.flatten(-2)).scatter_(-1, order, 1.0).unflatten(-1, gains.shape[-2:]).sum(-1).long()
@@ -30,7 +32,7 @@ class UniformKeys:
             raise ValueError(f"widths by need are for recipe 'tck', not '{calibration.recipe}'")
         sigma = calibration.tensors["key_sigma"].double()
         widths = calibration.tensors["key_widths"].long().cpu() if bits == 2 else water_filled(sigma.pow(2 / (1 - WHITENING)), bits)
-        step = torch.tensor([GAUSSIAN_STEP[width] for width in range(7)], dtype=torch.float64)[widths] * sigma
+        step = torch.tensor([GAUSSIAN_STEP[width] for width in range(WIDEST + 1)], dtype=torch.float64)[widths] * sigma
         self.coded, self.sigma, self.step = (widths > 0).to(device), sigma.float().to(device), step.float().to(device)
         self.top = (2.0**widths - 1).float().to(device)
 

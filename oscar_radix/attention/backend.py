@@ -94,7 +94,7 @@ class TorchAttention:
 
     def _base(self, layer: int, read: ReadPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Keys and values of the base pages [Hkv, N * 32, D], and a mask [Hkv, 1, N * 32] that leaves out hot rows."""
-        key, value = self.store.codec.open(layer, *self.store.base.read(layer, read.base_pages))
+        key, value = self.store.codec.open(layer, *self.store.records(layer, read.base_pages))
         mask = None
         if read.partial:
             hot = (self.store.hot.row_masks[layer, read.base_pages][..., None] >> torch.arange(PAGE_TOKENS, device=key.device)) & 1

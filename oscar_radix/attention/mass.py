@@ -110,6 +110,7 @@ class MassSample:
         watched = watched_pages(table.slots, pages, lengths)
         if not watched.chunks.size:
             return
+        low = (store.base.k_low, codec.low_places) if codec.refined else None
         cache = (store.base.k_codes, store.base.scales, hot.k_rows, hot.scales, hot.row_masks, hot.row_numbers)
         add_mass(
             self.query[:, :batch],
@@ -121,6 +122,7 @@ class MassSample:
             (table.values, table.visits),
             scale,
             nearest,
+            low,
         )
 
 
@@ -133,7 +135,7 @@ def last_rows(lengths: list[int], queries: int) -> np.ndarray:
 
 def page_keys(store: KVStore, layer: int, pages: np.ndarray) -> torch.Tensor:
     """Keys of pages (int64 [N]) in the basis, each token as attention reads it, hot row or record: float32 [N, Hkv, 32, D]."""
-    key, _ = store.codec.open(layer, *store.base.read(layer, torch.from_numpy(pages).to(store.device)))
+    key, _ = store.codec.open(layer, *store.records(layer, torch.from_numpy(pages).to(store.device)))
     levels = store.hot.levels[pages]
     for level in np.unique(levels[levels > 0]).tolist():
         index = torch.from_numpy(np.flatnonzero(levels == level)).to(store.device)

@@ -85,7 +85,7 @@ class TritonAttention:
         self._partial = torch.empty(rows * geometry.head_dim, dtype=torch.float32, device=device)
         self._lse = torch.empty(rows, dtype=torch.float32, device=device)
         pages = -(-max_tokens // PAGE_TOKENS)
-        self._viewed: SteppedCodec | None = None
+        self._viewed: tuple[SteppedCodec, tuple[int, ...]] | None = None
         self._views: dict[int, LayerViews] = {}
         self._plan = DecodePlan.empty(max_requests, pages, min(pages, store.hot.capacity), parts, device)
 
@@ -140,7 +140,7 @@ class TritonAttention:
         rotate = not self.store.codec.values_folded
         table = hot.device_block_table
         write_decode(q, k, v, batch.slots, views.basis, views.hot_rows, table, query, self.store.bad_rows, rotate)
-        seal(batch.slots, views.hot_rows, views.records, views.seal, table, newest_slots=True)
+        seal(batch.slots, views.hot_rows, views.records, views.seal, table, newest_slots=True, low=views.low)
         slots = self.parts(count) + count
         workspace = (
             self._partial[: query_heads * slots * dim].view(query_heads, slots, dim),
@@ -148,7 +148,9 @@ class TritonAttention:
         )
         out = torch.empty_like(query, dtype=q.dtype)
         plan = self.decode_plan(count)
-        decode(query, views.cache, table, views.keys, views.values, batch.lengths, plan, workspace, out, softmax_scale, rotate, lse)
+        decode(
+            query, views.cache, table, views.keys, views.values, batch.lengths, plan, workspace, out, softmax_scale, rotate, lse, views.low
+        )
         return out
 
     def _kept(self, layer: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -167,17 +169,17 @@ class TritonAttention:
         write_prefill(
             q, k, v, batch.slots, views.basis, views.hot_rows, table, rows, softmax_scale * LOG2_E, self.store.bad_rows, not folded
         )
-        seal(batch.write.seal_pages, views.hot_rows, views.records, views.seal, table)
-        seal(batch.write.direct_pages, rows.int8, views.records, views.seal, starts=batch.starts)
+        seal(batch.write.seal_pages, views.hot_rows, views.records, views.seal, table, low=views.low)
+        seal(batch.write.direct_pages, rows.int8, views.records, views.seal, starts=batch.starts, low=views.low)
         query, out = rows.query, torch.empty(q.shape, dtype=q.dtype, device=q.device)
         sampled = self.prefill_sample is not None and batch.sample_rows is not None
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=q.device) if sampled else None
         target, mean = (out, views.values[1]) if folded else (torch.empty_like(query), self._no_mean)
         cache = (views.cache, table, views.keys, mean, batch.sequences)
         if batch.dense:
-            extend_dense(query, batch.dense, *cache, batch.plan, target, lse)
+            extend_dense(query, batch.dense, *cache, batch.plan, target, lse, views.low)
         else:
-            extend(query, rows.own, *cache, batch.plan.blocks, batch.plan.splits, target, lse)
+            extend(query, rows.own, *cache, batch.plan.blocks, batch.plan.splits, target, lse, views.low)
         if lse is not None:
             # The kernel's queries carry the softmax scale and log2(e), and are fp16.
             rows, kept = batch.sample_rows, self.prefill_sample
@@ -189,10 +191,10 @@ class TritonAttention:
 
     def _views_of(self, layer: int) -> LayerViews:
         codec = self.store.codec
-        if codec is not self._viewed:
+        if (codec, codec.refined) != self._viewed:
             if not isinstance(codec, SteppedCodec):
                 raise NotImplementedError(f"recipe '{codec.recipe_name}' has no Triton kernels; use 'tck' or 'mulm'")
-            self._viewed, self._views = codec, {}
+            self._viewed, self._views = (codec, codec.refined), {}
         if layer not in self._views:
             self._views[layer] = LayerViews.of(self.store, codec, layer)
         return self._views[layer]

@@ -1,5 +1,7 @@
 """How much the errors of quantised keys hurt: the weight with which a query counts in the metric of K, and a key in its mean."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,23 @@ BLOCK = 256
 """Queries at a time, so that a block's probabilities stay in a CPU's cache."""
 
 
-def key_damage(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """p_i**2 |v_i - o|**2 of queries and keys that count, one sequence and one KV head: summed over keys [G, T], over queries [T].
+@dataclass
+class Damage:
+    """Sums over one sequence and one KV head, over the queries and keys that count.
+
+    queries [G, T], keys [T]: p_i**2 |v_i - o|**2, over keys and over queries. values, outputs, 0-dim: p_i**2 |v_i|**2 and |o|**2; count:
+    queries in these two.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    outputs: Tensor
+    count: int
+
+
+def damage(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Damage:
+    """What errors of 2-bit keys and values would do to the outputs of one sequence.
 
     If the logit of key i is off by a small e_i, the output o = sum p_i v_i moves by sum_i p_i e_i (v_i - o). For independent errors
     of variance q C q^T, C the covariance of a key's error, the expected square of that is a query's weight times q C q^T: so the mean
@@ -27,7 +44,8 @@ def key_damage(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     place = torch.arange(tokens, device=k.device)
     # |v - o|**2 = |v|**2 - 2 v.o + |o|**2: one product gives the three sums over keys, another those over queries.
     value = torch.cat((v.square().sum(-1, keepdim=True), torch.ones_like(v[:, :1]), -2 * v), 1)
-    of_query, of_key = torch.zeros(q.shape[:2], device=q.device), torch.zeros(tokens, device=q.device)
+    zeros = lambda *shape: torch.zeros(shape, device=q.device)  # noqa: E731
+    sums = Damage(zeros(*q.shape[:2]), zeros(tokens), zeros(), zeros(), q.shape[0] * max(0, tokens - SINKS - NEAREST))
     for first in range(SINKS + NEAREST, tokens, BLOCK):
         own = place[first : first + BLOCK]
         last = int(own[-1]) + 1
@@ -37,6 +55,9 @@ def key_damage(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
         out = torch.cat((torch.ones_like(out[..., :1]), out.square().sum(-1, keepdim=True), out), -1)
         p.square_()[..., :SINKS] = 0
         p.masked_fill_(place[:last] > own[:, None] - NEAREST, 0)
-        of_query[:, own] = ((p @ value[:last]) * out).sum(-1).clamp_(min=0)
-        of_key[:last] += ((p.mT @ out).sum(0) * value[:last]).sum(-1).clamp_(min=0)
-    return of_query, of_key
+        of_value = p @ value[:last]
+        sums.queries[:, own] = (of_value * out).sum(-1).clamp_(min=0)
+        sums.keys[:last] += ((p.mT @ out).sum(0) * value[:last]).sum(-1).clamp_(min=0)
+        sums.values += of_value[..., 0].sum()
+        sums.outputs += out[..., 1].sum()
+    return sums

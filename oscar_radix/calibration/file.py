@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from oscar_radix.codec.calibration import Calibration, CalibrationError
 from oscar_radix.geometry import Geometry
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 """Raised whenever a file of before would be fitted differently today, so that cached calibrations are made again."""
 _KEY = "oscar_radix.calibration"
 _AGAIN = "make it again with `oscar-radix calibrate`"

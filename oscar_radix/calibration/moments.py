@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from oscar_radix.calibration.damage import key_damage
+from oscar_radix.calibration.damage import damage
 from oscar_radix.codec.calibration import CalibrationError
 from oscar_radix.codec.moments import Moments
 from oscar_radix.geometry import Geometry
@@ -24,6 +24,7 @@ class MomentAccumulator:
         self._tokens = [0] * g.layers
         names = {"count": row[:2], "query_count": row[:2], "k": row, "v": row, "wv": row, "kk": square, "qq": square, "wvv": square}
         names |= {"damage": row[:2], "dqq": square, "key_damage": row[:2], "dk": row}
+        names |= dict.fromkeys(("logit_damage", "value_damage", "output_energy", "outputs"), row[:2])
         self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in names.items()}
 
     @property
@@ -34,7 +35,7 @@ class MomentAccumulator:
     def add(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
         """One sequence from its beginning: post-RoPE q [T, Hq, D], k and v [T, H, D], any float dtype and device.
 
-        Queries and keys are also summed with the weights of `damage.key_damage`, for which scores are multiplied by `scale` (D**-.5 if not
+        Queries and keys are also summed with the weights of `damage.damage`, for which scores are multiplied by `scale` (D**-.5 if not
         given). Value weights are w_t = k_t C_Q k_t^T with C_Q of this sequence, scaled to a mean of 1: how much queries look at a token, up
         to second order. A token whose q, k or v has NaN or Inf in a head's group is left out of that head's sums.
         """
@@ -53,10 +54,10 @@ class MomentAccumulator:
         k, v = (torch.where(good.unsqueeze(-1), x, 0.0) for x in (k, v))
         q = torch.where(good[..., None, None], q, 0.0)
         scale = g.head_dim**-0.5 if scale is None else scale
-        of_head = [key_damage(q[h].transpose(0, 1).float(), k[h].float(), v[h].float(), scale) for h in range(g.kv_heads)]
-        damage, of_key = (torch.stack(parts).double() for parts in zip(*of_head, strict=True))
-        damage = (damage * good.unsqueeze(1)).transpose(1, 2).flatten(1)
-        of_key = of_key * good
+        heads = [damage(q[h].transpose(0, 1).float(), k[h].float(), v[h].float(), scale) for h in range(g.kv_heads)]
+        per_head = lambda name: torch.stack([getattr(head, name) for head in heads]).double()  # noqa: E731
+        of_query = (per_head("queries") * good.unsqueeze(1)).transpose(1, 2).flatten(1)
+        of_key = per_head("keys") * good
         q = q.flatten(1, 2)
         count = good.sum(-1).double()
         qq = q.mT @ q
@@ -72,10 +73,14 @@ class MomentAccumulator:
             "kk": k.mT @ k,
             "qq": qq,
             "wvv": weighted.mT @ v,
-            "damage": damage.sum(-1),
-            "dqq": (q * damage.unsqueeze(-1)).mT @ q,
+            "damage": of_query.sum(-1),
+            "dqq": (q * of_query.unsqueeze(-1)).mT @ q,
             "key_damage": of_key.sum(-1),
             "dk": (k * of_key.unsqueeze(-1)).sum(1),
+            "logit_damage": of_query.sum(-1) * scale**2,
+            "value_damage": per_head("values"),
+            "output_energy": per_head("outputs"),
+            "outputs": count.new_tensor([head.count for head in heads]),
         }
         for name, value in added.items():
             self._sums[name][layer] += value.cpu()
@@ -103,16 +108,20 @@ class MomentAccumulator:
         row, square = s["count"].unsqueeze(-1), s["count"][..., None, None]
         query_second = s["qq"] / s["query_count"][..., None, None]
         # No weight where no sequence was long enough, or nobody looked back.
-        damage, of_key = s["damage"][..., None, None], s["key_damage"].unsqueeze(-1)
+        of_query, of_key = s["damage"][..., None, None], s["key_damage"].unsqueeze(-1)
+        outputs = s["outputs"].clamp(min=1)
         return Moments(
             geometry=self.geometry,
             tokens=self.tokens,
             skipped_rows=self.skipped_rows,
+            logit_damage=s["logit_damage"] / outputs,
+            value_damage=s["value_damage"] / outputs,
+            output_energy=s["output_energy"] / outputs,
             key_mean=s["k"] / row,
             key_damage_mean=torch.where(of_key > 0, s["dk"] / of_key.clamp(min=1e-300), s["k"] / row),
             key_second=s["kk"] / square,
             query_second=query_second,
-            query_damage_second=torch.where(damage > 0, s["dqq"] / damage.clamp(min=1e-300), query_second),
+            query_damage_second=torch.where(of_query > 0, s["dqq"] / of_query.clamp(min=1e-300), query_second),
             value_mean=s["v"] / row,
             value_weighted_mean=s["wv"] / row,
             value_weighted_second=s["wvv"] / square,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from oscar_radix.calibration.file import load_calibration
 from oscar_radix.codec import Calibration, get_recipe
+from oscar_radix.codec.allocation import LOW_BITS
 
 
 def describe(path: Path | str) -> str:
@@ -14,10 +15,11 @@ def describe(path: Path | str) -> str:
     calibration = load_calibration(path)
     g = calibration.geometry
     layout = get_recipe(calibration.recipe).layout(g.head_dim)
+    bits = layout.bits_per_element(g.head_dim, sum(_refined(calibration)) / g.layers)
     lines = [
         f"model        {calibration.model_name or '(unnamed)'}, fingerprint {calibration.model_fingerprint or '(none)'}",
         f"geometry     {g.layers} layers, {g.kv_heads} KV heads, {g.query_heads} query heads, head dim {g.head_dim}",
-        f"recipe       {calibration.recipe}: {layout.bits_per_element(g.head_dim):.3f} bits per element, scales included",
+        f"recipe       {calibration.recipe}: {bits:.3f} bits per element, scales included",
         f"calibrated   on {calibration.tokens} tokens, text {calibration.text_hash or '(none)'}, "
         f"{calibration.report.get('skipped_rows', 0)} rows with NaN or Inf left out",
         "",
@@ -32,11 +34,18 @@ def _layers(calibration: Calibration) -> list[str]:
     widths = calibration.tensors.get("key_widths")
     rows = [
         f"{layer:5d}  {key_error[layer]:7.4f}  {value_error[layer]:7.4f}  {_histogram(widths[layer]) if widths is not None else 'all at 2'}"
-        for layer in range(calibration.geometry.layers)
+        + (f"; refined, {LOW_BITS} more in K and V" if refined else "")
+        for layer, refined in enumerate(_refined(calibration))
     ]
     rows.append(f" mean  {sum(key_error) / len(key_error):7.4f}  {sum(value_error) / len(value_error):7.4f}")
     rows.append("K error: in the query metric, relative to the centred keys. Both are predicted for Gaussian rows.")
     return rows
+
+
+def _refined(calibration: Calibration) -> list[bool]:
+    """Of each layer, whether it keeps low bits."""
+    layers = calibration.tensors.get("refined")
+    return [False] * calibration.geometry.layers if layers is None else layers.bool().any(1).tolist()
 
 
 def _histogram(widths: Tensor) -> str:

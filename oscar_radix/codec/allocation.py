@@ -26,6 +26,10 @@ _CHANNELS = torch.tensor([[pattern.count(width) for width in range(6, -1, -1)] f
 """Channels of 6 to 0 bits of each of PATTERNS."""
 OPERAND_TOPS = KeyPacking(torch.tensor(PATTERNS)).masks.sum((-2, -1))
 """Sum of the largest operands of each of PATTERNS."""
+LOW_BITS = 2
+"""Of every channel of K and V in a refined layer, beside its record: code = 4 * (the record's) + low."""
+_LIFTED = (KeyPacking(torch.tensor(PATTERNS)).lifts > 0).flatten(-2).any(-1)
+"""Which of PATTERNS have a code that does not start at bit 2i: not for refined layers, whose operands are codes."""
 
 
 def _edges(counts: Tensor) -> Tensor:
@@ -34,31 +38,34 @@ def _edges(counts: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(ends[..., :1]), ends), -1)
 
 
-def expected_error(counts: Tensor, variances: Tensor) -> Tensor:
-    """sum_c variances_c * mse(width_c), float64 [...]: bytes of each of PATTERNS int64 [..., 10], variances [..., D] falling."""
+def expected_error(counts: Tensor, variances: Tensor, low_bits: int = 0) -> Tensor:
+    """sum_c variances_c * mse(width_c + low_bits), float64 [...]: bytes of each of PATTERNS int64 [..., 10], variances [..., D] falling."""
     below = torch.cat((torch.zeros_like(variances[..., :1]), variances.cumsum(-1)), -1)
     at = _edges(counts)
     sums = below.expand(*at.shape[:-1], below.shape[-1]).gather(-1, at).diff(dim=-1)
-    return (sums * torch.tensor([GAUSSIAN_MSE[width] for width in range(6, -1, -1)], dtype=torch.float64)).sum(-1)
+    return (sums * torch.tensor([GAUSSIAN_MSE[width + low_bits] for width in range(6, -1, -1)], dtype=torch.float64)).sum(-1)
 
 
-def best_counts(variances: Tensor) -> Tensor:
+def best_counts(variances: Tensor, low_bits: int = 0) -> Tensor:
     """How many bytes of a row have each of PATTERNS: int64 [..., 10]; all its wide and all its narrow ones.
 
     From 2 bits everywhere, the change of one byte or of one wide and one narrow byte that removes most error, as long as one does.
 
     Args:
         variances: float64 [..., D], falling along the last axis.
+        low_bits: of every channel on top, in a refined layer.
     """
     flat = variances.reshape(-1, variances.shape[-1])
     counts = torch.zeros(len(flat), len(PATTERNS), dtype=torch.int64)
     counts[:, _EVEN] = variances.shape[-1] // PLANES // 2
     moves = _moves()
-    error = expected_error(counts, flat)
+    if low_bits:
+        moves = moves[(moves[:, _LIFTED] == 0).all(-1)]
+    error = expected_error(counts, flat, low_bits)
     while True:
         now = counts.unsqueeze(1)
         allowed = (now + moves >= 0).all(-1, keepdim=True) & (((now + moves) @ OPERAND_TOPS).unsqueeze(-1) <= OPERAND_SUM_MAX)
-        least, move = expected_error(torch.where(allowed, now + moves, now), flat.unsqueeze(1)).min(-1)
+        least, move = expected_error(torch.where(allowed, now + moves, now), flat.unsqueeze(1), low_bits).min(-1)
         better = least < error * (1 - 1e-12)
         if not bool(better.any()):
             return counts.view(*variances.shape[:-1], len(PATTERNS))

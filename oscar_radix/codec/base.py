@@ -21,6 +21,8 @@ class Codec(ABC):
     """
 
     layout: RecordLayout
+    refined: tuple[int, ...] = ()
+    """Layers whose codes come twice as long: those of a record, then as many bytes of low bits (`Recipe.refined_layers` of them)."""
 
     def __init__(self, calibration: Calibration, device: torch.device | str) -> None:
         self.recipe_name = calibration.recipe
@@ -62,6 +64,8 @@ class Codec(ABC):
     def assign(self, other: "Codec") -> None:
         """Take over the parameters of a codec of the same recipe and geometry, at the same addresses: captured CUDA graphs keep them.
 
+        They do not keep which layers are refined: a codec that changes it is assigned before the capture.
+
         Raises:
             CalibrationError: when recipe, geometry or `values_folded` differ.
         """
@@ -76,6 +80,7 @@ class Codec(ABC):
                 f"a codec with {sides[0]} values cannot take the parameters of one with {sides[1]} values, because captured CUDA graphs "
                 "rely on it; call fold_values on both or on none"
             )
+        self.refined = other.refined
         for name, tensor in self._parameters.items():
             tensor.copy_(other._parameters[name])
 
@@ -111,8 +116,8 @@ class Codec(ABC):
     def seal(self, layer: int, k_rows: Tensor, k_scale: Tensor, v_rows: Tensor, v_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """2-bit records of int8 rows [N, H, T, D] with fp16 scales [N, H, T].
 
-        Returns uint8 K codes [N, H, T, layout.k_code_bytes], uint8 V codes [N, H, T, layout.v_code_bytes] and fp16 scales
-        [N, H, T, layout.scale_count].
+        Returns uint8 K codes [N, H, T, layout.k_code_bytes], uint8 V codes [N, H, T, layout.v_code_bytes], both twice as long in a
+        refined layer, and fp16 scales [N, H, T, layout.scale_count].
         """
 
     @abstractmethod
@@ -128,6 +133,10 @@ class Recipe(ABC):
     @abstractmethod
     def layout(self, head_dim: int) -> RecordLayout:
         """Bytes of a record at this head dim."""
+
+    def refined_layers(self, layers: int) -> int:
+        """How many of a model's layers get low bits beside their records; which ones, a calibration says."""
+        return 0
 
     @abstractmethod
     def fit(self, moments: Moments) -> Calibration:

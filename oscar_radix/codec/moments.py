@@ -11,6 +11,9 @@ from oscar_radix.geometry import Geometry
 class Moments:
     """float64 CPU tensors; L layers, H KV heads, D head dim. Keys and queries are post-RoPE.
 
+    logit_damage                  [L, H]        mean over queries of sum_i p_i^2 |v_i - o|^2 scale^2: what a unit error of all logits does
+    value_damage                  [L, H]        mean over queries of sum_i p_i^2 |v_i|^2
+    output_energy                 [L, H]        mean over queries of |o|^2
     key_mean, value_mean          [L, H, D]     mean row
     key_damage_mean               [L, H, D]     the same, keys weighted by what their errors do to outputs
     key_second                    [L, H, D, D]  mean of k^T k
@@ -23,6 +26,9 @@ class Moments:
     geometry: Geometry
     tokens: int
     skipped_rows: int
+    logit_damage: Tensor
+    value_damage: Tensor
+    output_energy: Tensor
     key_mean: Tensor
     key_damage_mean: Tensor
     key_second: Tensor

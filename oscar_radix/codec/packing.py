@@ -65,6 +65,11 @@ class KeyPacking:
         for i in range(PLANES):
             planes[..., i, :] = (packed >> (2 * i) if i else packed) & self.masks[..., i, :]
 
+    @classmethod
+    def even(cls, dim: int, device: torch.device | str) -> "KeyPacking":
+        """2 bits a channel, in rows of `dim` channels."""
+        return cls(torch.full((dim,), BYTE_BITS // PLANES, device=device))
+
     def unpack(self, packed: Tensor) -> Tensor:
         """Inverse of `pack`: uint8 [..., D/4] to uint8 codes [..., D]."""
         operands = packed.new_empty(*packed.shape[:-1], packed.shape[-1] * PLANES)

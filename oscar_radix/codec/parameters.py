@@ -25,10 +25,14 @@ def _white(geometry: Geometry) -> Moments:
     heads, dim = geometry.kv_heads, geometry.head_dim
     white = torch.eye(dim, dtype=torch.float64).expand(geometry.layers, heads, dim, dim).contiguous()
     zero = torch.zeros(geometry.layers, heads, dim, dtype=torch.float64)
+    one = torch.ones(geometry.layers, heads, dtype=torch.float64)
     return Moments(
         geometry=geometry,
         tokens=dim,
         skipped_rows=0,
+        logit_damage=one,
+        value_damage=one,
+        output_energy=one,
         key_mean=zero,
         key_damage_mean=zero,
         key_second=white,

@@ -7,14 +7,16 @@ errors of real uniform quantisers.
 """
 
 import torch
+from torch import Tensor
 
-from oscar_radix.codec.allocation import best_counts, place
+from oscar_radix.codec.allocation import LOW_BITS, best_counts, expected_error, place
 from oscar_radix.codec.base import Recipe
-from oscar_radix.codec.calibration import Calibration
+from oscar_radix.codec.calibration import Calibration, CalibrationError
 from oscar_radix.codec.layout import RecordLayout
 from oscar_radix.codec.moments import Moments
 from oscar_radix.codec.rotation import joint_basis
 from oscar_radix.codec.stepped import SteppedCodec
+from oscar_radix.codec.uniform import GAUSSIAN_MSE
 from oscar_radix.codec.value_basis import value_basis
 
 QUERY_RIDGE = 1e-2
@@ -32,12 +34,19 @@ KEY_MEAN_SHARE = 0.5
 """The mean that is subtracted from keys stands this far from the mean of all keys towards that of the keys that matter: a row's error
 grows with its distance from it. Half way: a few keys may hold all the weight, and the others are read too.
 """
+REFINED_SHARE = 1 / 16
+"""Of a model's layers, rounded: those whose outputs 2-bit records would change most, relative to their energy, have 4 bits."""
 VARIANCE_FLOOR = 1e-8
 """Smallest channel variance, as a share of the row's largest: keeps steps of directions that never varied above zero."""
 
 
 class TckRecipe(Recipe):
+    """refined_share: of a model's layers."""
+
     name = "tck"
+
+    def __init__(self, refined_share: float = REFINED_SHARE) -> None:
+        self.refined_share = refined_share
 
     def layout(self, head_dim: int) -> RecordLayout:
         return RecordLayout(k_code_bytes=head_dim // 4, v_code_bytes=head_dim // 4, scale_count=2)
@@ -48,7 +57,10 @@ class TckRecipe(Recipe):
         basis, inverse_transpose, variances = joint_basis(moments.query_damage_second, second, QUERY_RIDGE)
         variances = torch.maximum(variances, variances[..., :1] * VARIANCE_FLOOR).clamp(min=torch.finfo(torch.float32).tiny)
         dim = moments.geometry.head_dim
-        placed = [place(counts, dim) for counts in best_counts(variances).flatten(0, 1).tolist()]
+        counts = best_counts(variances)
+        refined = self._refined(moments, expected_error(counts, variances))
+        counts[refined] = best_counts(variances[refined], LOW_BITS)
+        placed = [place(each, dim) for each in counts.flatten(0, 1).tolist()]
         order, widths = (torch.stack(parts).view(*variances.shape) for parts in zip(*placed, strict=True))
         columns = order.unsqueeze(-2).expand_as(basis)
         sigma = variances.gather(-1, order).sqrt()
@@ -60,9 +72,27 @@ class TckRecipe(Recipe):
             **value_basis(moments),
             "key_widths": widths.to(torch.uint8),
             "key_sigma": sigma.pow(1 - WHITENING).float(),
+            "refined": torch.zeros(widths.shape[:2], dtype=torch.uint8).index_fill(0, refined, 1),
         }
         return Calibration(self.name, moments.geometry, tensors, moments.tokens)
 
+    def refined_layers(self, layers: int) -> int:
+        return round(layers * self.refined_share)
+
+    def _refined(self, moments: Moments, key_error: Tensor) -> Tensor:
+        """The layers to refine, int64: largest expected error of outputs read from 2-bit records, over the energy of outputs.
+
+        key_error: float64 [L, H], expected square of a logit's error before the softmax scale.
+        """
+        error = (moments.logit_damage * key_error + moments.value_damage * GAUSSIAN_MSE[2]).sum(1)
+        relative = error / moments.output_energy.sum(1).clamp(min=1e-300)
+        return relative.topk(self.refined_layers(moments.geometry.layers)).indices.sort().values
+
     def codec(self, calibration: Calibration, device: torch.device | str) -> SteppedCodec:
         self._check(calibration)
-        return SteppedCodec(calibration, device, self.layout(calibration.geometry.head_dim))
+        codec = SteppedCodec(calibration, device, self.layout(calibration.geometry.head_dim))
+        layers = calibration.geometry.layers
+        refined, wanted = len(codec.refined), self.refined_layers(layers)
+        if refined != wanted:
+            raise CalibrationError(f"this calibration refines {refined} of {layers} layers, recipe 'tck' {wanted}: calibrate again")
+        return codec

@@ -48,6 +48,7 @@ def check_integrity(store: KVStore, free_pages: np.ndarray, tree_pages: np.ndarr
     owned = int((table.owner != Owner.FREE).sum())
     blocks = hot.capacity - hot.free_blocks
     unwritten = int((hot.levels[fresh] == 0).sum()) * PAGE_BLOCKS
-    expected = owned * BaseRecords.page_bytes(store.geometry, store.layout) + (blocks + unwritten) * HotPool.block_bytes(store.geometry)
+    record = BaseRecords.page_bytes(store.geometry, store.layout, store.refined)
+    expected = owned * record + (blocks + unwritten) * HotPool.block_bytes(store.geometry)
     if used != expected:
         raise RuntimeError(f"bytes by level add up to {used}, the pools hold {expected}")

@@ -42,6 +42,7 @@ class KVStore:
         hot_rows: int8 rows that pages which are read keep on average, for such a policy.
         sampled_queries: room at a fixed place for queries of a sampled forward, for such a policy; 0: each takes its own.
         host_pages: pages whose int8 rows the host store has room for.
+        refined: layers that keep low bits beside their records; the codec has as many or none.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class KVStore:
         hot_rows: float = OscarConfig.hot_rows,
         sampled_queries: int = 0,
         host_pages: int = 0,
+        refined: int = 0,
     ):
         self.geometry = geometry
         self.layout = layout
         self.device = torch.device(device)
         self.pages = pages
-        self.base = BaseRecords(geometry, layout, pages + 1, device)
+        self.refined = refined
+        self.base = BaseRecords(geometry, layout, pages + 1, device, refined)
         self.hot = HotPool(geometry, pages + 1, hot_blocks, device)
         self.table = PageTable(pages + 1)
         self.requests = RequestPages()
@@ -192,7 +195,15 @@ class KVStore:
 
     def seal(self, layer: int, pages: torch.Tensor, rows: Rows) -> None:
         """Write the 2-bit records of `pages` (int64 [N]) from their int8 rows, each tensor [N, Hkv, 32, ...]."""
-        self.base.write(layer, pages, *self.codec.seal(layer, rows.k, rows.k_scale, rows.v, rows.v_scale))
+        self.base.write(layer, pages, *self.codec.seal(layer, rows.k, rows.k_scale, rows.v, rows.v_scale), self.low_place(layer))
+
+    def records(self, layer: int, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The 2-bit records of `pages` (int64 [N]), as `Codec.open` takes them."""
+        return self.base.read(layer, pages, self.low_place(layer))
+
+    def low_place(self, layer: int) -> int | None:
+        """Where the low bits of a refined layer are; None for the others."""
+        return self.codec.refined.index(layer) if layer in self.codec.refined else None
 
     def poll_bad_rows(self) -> int:
         """`bad_rows` without waiting for it: on a GPU, what had been counted by an earlier poll."""
@@ -223,7 +234,7 @@ class KVStore:
         """Tokens and bytes of owned pages by level; `fresh` pages have no 2-bit record yet."""
         owned = self.table.owner != Owner.FREE
         owned[0] = False
-        record = BaseRecords.page_bytes(self.geometry, self.layout)
+        record = BaseRecords.page_bytes(self.geometry, self.layout, self.refined)
         block = HotPool.block_bytes(self.geometry)
         usage = {}
         for level in LEVELS:

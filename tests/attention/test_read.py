@@ -36,7 +36,7 @@ class Batch:
 
     def __init__(self, group: int, head_dim: int, count: int, recipe: str = "tck", seed: int = 0):
         self.geometry = Geometry(LAYERS, KV_HEADS, KV_HEADS * group, head_dim)
-        self.store = make_store(pages=32, hot_pages=32, recent_tokens=32, recipe=recipe, geometry=self.geometry)
+        self.store = make_store(pages=32, hot_pages=32, recent_tokens=32, recipe=recipe, geometry=self.geometry, refined=(1,))
         self.store.residency.policy = ChoosingPolicy()
         self.attention = TorchAttention(self.store)
         self.scale = 1 / math.sqrt(head_dim)
@@ -90,7 +90,7 @@ class Batch:
     def cached_page(self, layer: int, page: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a page, float64 [Hkv, 32, D]: each token's hot row where one of the page's blocks has it, else its record."""
         store, hot = self.store, self.store.hot
-        key, value = (rows[0].double() for rows in store.codec.open(layer, *store.base.read(layer, torch.tensor([page]))))
+        key, value = (rows[0].double() for rows in store.codec.open(layer, *store.records(layer, torch.tensor([page]))))
         for block in hot.block_table[page][hot.block_table[page] >= 0].tolist():
             for head in range(KV_HEADS):
                 for place in range(2):
@@ -219,10 +219,10 @@ def test_a_bad_row_changes_no_other_row_of_its_record():
         batch.forward([70, 0], decode=False)
     page = int(clean.pages[0][1])
     for layer in range(LAYERS):
-        ours, theirs = ([part[0] for part in batch.store.base.read(layer, torch.tensor([page]))] for batch in (clean, bad))
+        ours, theirs = ([part[0] for part in batch.store.records(layer, torch.tensor([page]))] for batch in (clean, bad))
         others = torch.arange(PAGE_TOKENS) != 40 - PAGE_TOKENS
         for one, other in zip(ours, theirs, strict=True):
             assert torch.equal(one[:, others], other[:, others])
             assert torch.equal(one[0], other[0])
-        opened, _ = bad.store.codec.open(layer, *bad.store.base.read(layer, torch.tensor([page])))
+        opened, _ = bad.store.codec.open(layer, *bad.store.records(layer, torch.tensor([page])))
         assert not opened[0, 1, 40 - PAGE_TOKENS].any(), "the record of a zero row is a zero row"

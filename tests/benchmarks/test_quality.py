@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.quality import grid
 from benchmarks.quality.__main__ import finite
 from benchmarks.quality.bits import MASK_BYTES, effective_bits, record_bytes, row_bytes
-from benchmarks.quality.grid import Cell
+from benchmarks.quality.grid import EVEN, MEASURED, Cell
 from benchmarks.quality.measure import Fitted, measure
 from benchmarks.quality.plot import draw
 from benchmarks.quality.reading import LAST_QUERIES, NEAREST, Readers, compute_prefix
@@ -55,16 +55,20 @@ def prefix(model, ids):
     return compute_prefix(model, ids[:PREFIX], LAYERS, HEADS)
 
 
-@pytest.mark.parametrize("recipe", ["tck", "oscar"])
+@pytest.mark.parametrize("recipe", ["tck", EVEN, "oscar"])
+@pytest.mark.parametrize("layers", [2, 30])
 @pytest.mark.parametrize("rows", [0, 2, 8])
-def test_bits_are_those_of_the_store(recipe, rows):
-    layout = get_recipe(recipe).layout(GEOMETRY.head_dim)
-    page = BaseRecords.page_bytes(GEOMETRY, layout) + rows // 2 * HotPool.block_bytes(GEOMETRY)
-    page += GEOMETRY.layers * GEOMETRY.kv_heads * MASK_BYTES
+def test_bits_are_those_of_the_store(recipe, layers, rows):
+    geometry = dataclasses.replace(GEOMETRY, layers=layers)
+    layout, refined = MEASURED[recipe].layout(geometry.head_dim), MEASURED[recipe].refined_layers(layers)
+    assert refined == (2 if (recipe, layers) == ("tck", 30) else 0)
+    page = BaseRecords.page_bytes(geometry, layout, refined) + rows // 2 * HotPool.block_bytes(geometry)
+    page += geometry.layers * geometry.kv_heads * MASK_BYTES
     cell = Cell(recipe, "attention" if rows else "none", rows)
-    middle, whole = bits_of(cell, GEOMETRY.head_dim, [2048])
-    assert middle == pytest.approx(8 * page / (PAGE_TOKENS * GEOMETRY.kv_elements_per_token))
-    always = effective_bits(layout.bytes_per_token_head, GEOMETRY.head_dim, 1.0, 8)
+    middle, whole = bits_of(cell, geometry, [2048])
+    assert middle == pytest.approx(8 * page / (PAGE_TOKENS * geometry.kv_elements_per_token))
+    record = BaseRecords.page_bytes(geometry, layout, refined) / (PAGE_TOKENS * layers * geometry.kv_heads)
+    always = effective_bits(record, geometry.head_dim, 1.0, 8)
     assert whole == pytest.approx(always * 320 / 2048 + middle * 1728 / 2048)
 
 
@@ -198,18 +202,19 @@ def test_uniform_keys_at_two_bits_are_like_records(prefix, moments):
 def test_the_whole_measurement(model, moments, ids, tmp_path):
     readers = ids[PREFIX:].view(4, 8).tolist()
     shared = Shared("tiny", ids[:PREFIX].tolist(), readers[:2], readers[2:] * 2, ("next", "quote", "other document", "quote"))
-    cells = [*grid.quick_cells(), Cell(policy="attention", rows=2, score="error"), Cell(key_bits=3.0), Cell("oscar")]
-    cells.append(Cell(policy="attention", rows=2, granularity="server"))
-    fitted = {recipe: Fitted.of(recipe, moments, "cpu") for recipe in ("tck", "oscar")}
+    cells = [*grid.quick_cells(), Cell(policy="attention", rows=2, score="error"), Cell(EVEN, key_bits=3.25), Cell("oscar")]
+    cells += [Cell(recipe, "attention", 2, granularity="server") for recipe in ("tck", EVEN)]
+    fitted = {recipe: Fitted.of(recipe, moments, "cpu") for recipe in ("tck", EVEN, "oscar")}
     progress = []
     measured = measure(model, fitted, shared, cells, progress.append)
     assert len(progress) == len(cells)
-    report = text_report([measured, dataclasses.replace(measured)], cells, 64)
+    report = text_report([measured, dataclasses.replace(measured)], cells, GEOMETRY)
     assert report["positions"] == 2 * 2 * 8
     assert len(report["table"]) == len(cells)
-    assert {entry["control"] for entry in report["comparisons"]} == {"window", "random", "uniform K 3.0", "default score and granularity"}
-    assert len(report["targets"]) == 8, "KL, and ratios to window, random and 3-bit keys; by the page and as the server chooses"
-    split = by_length([measured], cells, 64)
+    controls = {"window", "random", "uniform K 3.25", "default score and granularity", "no refined layers"}
+    assert {entry["control"] for entry in report["comparisons"]} == controls
+    assert len(report["targets"]) == 8, "KL, and ratios to window, random and uniform keys; by the page and as the server chooses"
+    split = by_length([measured], cells, GEOMETRY)
     assert list(split["lengths"]) == [str(PREFIX)]
     assert len(lines(split)) == 1 + len(cells) + 8
     draw({"model": "tiny", "text": split}, tmp_path / "tiny.png")
@@ -223,7 +228,7 @@ def test_answers_only(model, moments, ids):
     scored = [[False] * 4 + [True] * 2 + [False] * 2] * 2
     shared = Shared("tiny", ids[:PREFIX].tolist(), readers[:2], readers[2:], ("copying",) * 2, scored)
     measured = measure(model, {"tck": Fitted.of("tck", moments, "cpu")}, shared, [Cell()], lambda line: None)
-    report = recall_report([measured], [Cell()], 64)
+    report = recall_report([measured], [Cell()], GEOMETRY)
     assert report["answer_tokens"] == {"copying": 4}
     assert 0 <= report["table"][0]["copying"] <= 1
 

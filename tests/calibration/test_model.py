@@ -78,7 +78,8 @@ def test_calibrate_writes_a_file_that_fits(loaded, model_dir, tmp_path):
     check_fits(load_calibration(tmp_path / "c.safetensors"), model_fingerprint(model_dir), geometry_of(loaded[0].config), "tck")
     text = describe(tmp_path / "c.safetensors")
     assert "30 layers, 3 KV heads, 9 query heads, head dim 64" in text
-    assert "2.250 bits" in text
+    assert f"{2.25 + 2 * 2 / 30:.3f} bits" in text
+    assert text.count("refined, 2 more in K and V") == 2
     assert "600 tokens" in text
     assert len(text.splitlines()) == 6 + 30 + 2
 

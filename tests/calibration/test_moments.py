@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oscar_radix.calibration.damage import key_damage
+from oscar_radix.calibration.damage import damage
 from oscar_radix.calibration.moments import MomentAccumulator
 from oscar_radix.codec import CalibrationError
 from oscar_radix.geometry import Geometry
@@ -32,9 +32,12 @@ def test_against_the_definitions(geometry):
     torch.testing.assert_close(moments.key_mean[0, head], kh.mean(0))
     torch.testing.assert_close(moments.key_covariance[0, head], kh.mT.cov(correction=0))
     torch.testing.assert_close(moments.query_second[0, head], c_q)
-    damage, of_key = key_damage(q[:, head * group : (head + 1) * group].transpose(0, 1), k[:, head], v[:, head], 64**-0.5)
-    damage, of_key = damage.T.reshape(-1, 1).double(), of_key.unsqueeze(-1).double()
-    torch.testing.assert_close(moments.query_damage_second[0, head], (qh * damage).mT @ qh / damage.sum())
+    found = damage(q[:, head * group : (head + 1) * group].transpose(0, 1), k[:, head], v[:, head], 64**-0.5)
+    of_query, of_key = found.queries.T.reshape(-1, 1).double(), found.keys.unsqueeze(-1).double()
+    torch.testing.assert_close(moments.query_damage_second[0, head], (qh * of_query).mT @ qh / of_query.sum())
+    torch.testing.assert_close(moments.logit_damage[0, head], of_query.sum() / found.count / 64)
+    torch.testing.assert_close(moments.value_damage[0, head], found.values.double() / found.count)
+    torch.testing.assert_close(moments.output_energy[0, head], found.outputs.double() / found.count)
     torch.testing.assert_close(moments.key_damage_mean[0, head], (kh * of_key).sum(0) / of_key.sum())
     torch.testing.assert_close(moments.value_weighted_second[0, head], (vh * weight[:, None]).mT @ vh / 600)
     centred = vh - vh.mean(0)

@@ -49,7 +49,7 @@ def test_rounding_is_half_up_and_zero_rows_stay_zero():
     assert quantise([0] * 4, 0.0, [1.0] * 4, [2] * 4)[2].tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_steps_and_errors_are_the_optimum_for_a_gaussian(width):
     x = torch.linspace(-10, 10, 400001, dtype=torch.float64)
     density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])

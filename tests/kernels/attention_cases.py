@@ -21,7 +21,7 @@ SCALE = 0.09
 
 def rows_of(store: KVStore, pages: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values that a reader of layer 0 sees, float64 [Hkv, tokens, D]: hot rows where there are any, else the records."""
-    records = store.base.read(0, pages)
+    records = store.records(0, pages)
     key, value = (rows.double() for rows in store.codec.open(0, records[0], records[1], records[2].nan_to_num()))
     levels = torch.from_numpy(store.hot.levels)[pages.cpu()]
     for level in set(levels.tolist()) - {0}:
@@ -54,6 +54,11 @@ def layer_cache(store: KVStore) -> tuple[torch.Tensor, ...]:
     """What the kernels take of layer 0."""
     base, hot = store.base, store.hot
     return base.k_codes[0], base.v_codes[0], base.scales[0], hot.k_rows[0], hot.v_rows[0], hot.scales[0], hot.row_masks[0]
+
+
+def low_bits(store: KVStore) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Those of layer 0, where it is refined."""
+    return (store.base.k_low[0], store.base.v_low[0]) if store.codec.refined else None
 
 
 def sequences_of(store: KVStore, lengths: list[int], device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -92,13 +97,20 @@ def check_plan(lengths: list[int], pages_at: list[tuple[int, int, int, int]], pa
 
 
 def check_decode(
-    geometry: Geometry, lengths: list[int], parts: int, rotate: bool, device: str = "cpu", levels: tuple[int, ...] = LEVELS
+    geometry: Geometry,
+    lengths: list[int],
+    parts: int,
+    rotate: bool,
+    device: str = "cpu",
+    levels: tuple[int, ...] = LEVELS,
+    refined: tuple[int, ...] = (),
 ) -> None:
     """`decode` of one new token a sequence; the last page of a sequence that does not fill it is whole."""
     from oscar_radix.kernels.decode import decode
     from oscar_radix.kernels.decode_plan import DecodePlan, plan_decode
 
-    store = random_store(geometry, sum(-(-length // PAGE_TOKENS) for length in lengths), seed=parts, device=device, levels=levels)
+    count = sum(-(-length // PAGE_TOKENS) for length in lengths)
+    store = random_store(geometry, count, seed=parts, device=device, levels=levels, refined=refined)
     table, pages = sequences_of(store, lengths, device)
     for length, each in zip(lengths, pages, strict=True):
         last = int(each[-1])
@@ -136,6 +148,7 @@ def check_decode(
         SCALE,
         rotate,
         lse,
+        low_bits(store),
     )
     for request, length in enumerate(lengths):
         key, value = rows_of(store, pages[request], length)
@@ -147,13 +160,15 @@ def check_decode(
         assert (lse[request] - expected_lse[0]).abs().max() < 2e-2
 
 
-def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, device: str = "cpu") -> None:
+def check_write(
+    geometry: Geometry, tokens: int, decode: bool, rotate: bool, device: str = "cpu", refined: tuple[int, ...] = ()
+) -> None:
     """`write_prefill` or `write_decode` of new tokens, some of them to pages without hot blocks, then `seal`; one row is NaN."""
     from oscar_radix.kernels.seal import seal
     from oscar_radix.kernels.write import write_decode
     from oscar_radix.kernels.write_prefill import PrefillRows, write_prefill
 
-    store = random_store(geometry, 6, seed=tokens, device=device, levels=(0, 32))
+    store = random_store(geometry, 6, seed=tokens, device=device, levels=(0, 32), refined=refined)
     codec, hot, bad = store.codec, store.hot, torch.zeros(1, dtype=torch.int32, device=device)
     q, k, v = (each.to(device) for each in random_qkv(geometry, tokens, torch.Generator().manual_seed(3)))
     slots = (torch.arange(tokens, device=device) * 7 + 3) % (6 * PAGE_TOKENS) + PAGE_TOKENS
@@ -194,8 +209,8 @@ def check_write(geometry: Geometry, tokens: int, decode: bool, rotate: bool, dev
     expected = codec.seal(0, held.k, held.k_scale.nan_to_num(), held.v, held.v_scale.nan_to_num())
     records = store.base.k_codes[0], store.base.v_codes[0], store.base.scales[0]
     hot.scales.nan_to_num_()
-    seal(pages, rows, records, codec.seal_parameters(0), hot.device_block_table)
-    for actual, wanted in zip(store.base.read(0, pages), expected, strict=True):
+    seal(pages, rows, records, codec.seal_parameters(0), hot.device_block_table, low=low_bits(store))
+    for actual, wanted in zip(store.records(0, pages), expected, strict=True):
         assert torch.equal(actual, wanted)
 
 
@@ -215,12 +230,17 @@ def main() -> None:
     check_decode(Geometry(1, 1, 10, 64), [70], parts=2, rotate=False, device=device)
     check_decode(Geometry(1, 1, 2, 128), [96], parts=2, rotate=False, device=device, levels=(0,))
     check_decode(Geometry(1, 1, 2, 64), [64], parts=2, rotate=False, device=device, levels=(32,))
+    check_decode(Geometry(1, 1, 4, 128), [100, 33], parts=5, rotate=False, device=device, refined=(0,))
+    check_decode(Geometry(1, 2, 6, 64), [70], parts=3, rotate=True, device=device, refined=(0,))
     check_extend(Geometry(1, 1, 4, 128), [100, 0], [40, 3], splits=1, device=device)
     check_extend(Geometry(1, 2, 6, 64), [70, 160], [5, 37], splits=3, device=device)
+    check_extend(Geometry(1, 1, 4, 128), [70], [9], splits=2, device=device, refined=(0,))
     check_open(Geometry(1, 2, 6, 64), [70, 1, 33], device=device)
+    check_open(Geometry(1, 1, 4, 64), [70], device=device, refined=(0,))
     check_open(Geometry(1, 1, 4, 128), [100], device=device)
     check_write(Geometry(1, 1, 2, 64), 20, decode=False, rotate=True, device=device)
     check_write(Geometry(1, 2, 4, 64), 9, decode=True, rotate=False, device=device)
+    check_write(Geometry(1, 1, 2, 64), 20, decode=False, rotate=True, device=device, refined=(0,))
     if device == "cpu":
         check_conversation()
     print("done")
@@ -231,7 +251,7 @@ def check_conversation() -> None:
     from tests.kernels.pair import Pair
 
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=1)
-    pair = Pair(Geometry(1, 1, 2, 64), "tck", lengths=[140, 45], hot_pages=6, device="cpu")
+    pair = Pair(Geometry(1, 1, 2, 64), "tck", lengths=[140, 45], hot_pages=6, device="cpu", refined=(0,))
     pair.step({0: 70, 1: 31})
     pair.step({0: 50})
     for _ in range(6):
@@ -241,11 +261,11 @@ def check_conversation() -> None:
 
 
 def _emulate() -> None:
-    from oscar_radix.kernels import decode_hot, decode_records, extend, online_softmax, open_rows, operands
+    from oscar_radix.kernels import decode_hot, decode_records, extend, fine_codes, online_softmax, open_rows, operands, record_words
     from tests.kernels import operand_emulation, warp_emulation
 
     mend_interpreter()
-    warp_emulation.emulate(decode_records, decode_hot, online_softmax)
+    warp_emulation.emulate(decode_records, decode_hot, online_softmax, record_words, fine_codes)
     operand_emulation.emulate(operands, open_rows, extend)
 
 

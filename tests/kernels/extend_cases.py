@@ -5,17 +5,26 @@ import math
 import torch
 
 from oscar_radix.geometry import PAGE_TOKENS, Geometry
-from tests.kernels.attention_cases import attention, error_of, layer_cache, rows_of, sequences_of
+from tests.kernels.attention_cases import attention, error_of, layer_cache, low_bits, rows_of, sequences_of
 from tests.kernels.mass_levels_cases import random_store
 
 
-def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits: int, device: str = "cpu", scratch_rows: int = 0) -> None:
+def check_extend(
+    geometry: Geometry,
+    prefixes: list[int],
+    new: list[int],
+    splits: int,
+    device: str = "cpu",
+    scratch_rows: int = 0,
+    refined: tuple[int, ...] = (),
+) -> None:
     """`extend` of a batch, or `extend_dense` with `scratch_rows`; prefixes end anywhere, also within a page."""
     from oscar_radix.kernels.extend import extend
     from oscar_radix.kernels.extend_dense import DenseBuffers, extend_dense
     from oscar_radix.kernels.extend_plan import ExtendPlan, extend_rounds, query_blocks
 
-    store = random_store(geometry, sum(max(1, -(-prefix // PAGE_TOKENS)) for prefix in prefixes), seed=splits, device=device)
+    count = sum(max(1, -(-prefix // PAGE_TOKENS)) for prefix in prefixes)
+    store = random_store(geometry, count, seed=splits, device=device, refined=refined)
     table, pages = sequences_of(store, [max(1, prefix) for prefix in prefixes], device)
     draw = torch.Generator().manual_seed(2)
     dim, tokens = geometry.head_dim, sum(new)
@@ -39,9 +48,9 @@ def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits
         for each in (buffers.carried, buffers.state, buffers.lse):
             if each is not None:
                 each.fill_(math.nan)
-        extend_dense(query, buffers, *cache, plan, out, lse)
+        extend_dense(query, buffers, *cache, plan, out, lse, low_bits(store))
     else:
-        extend(query, own, *cache, plan.blocks, splits, out, lse)
+        extend(query, own, *cache, plan.blocks, splits, out, lse, low_bits(store))
     for request, (start, count, prefix) in enumerate(zip(starts, new, prefixes, strict=True)):
         span = slice(start, start + count)
         rows = rows_of(store, pages[request], prefix)
@@ -53,12 +62,13 @@ def check_extend(geometry: Geometry, prefixes: list[int], new: list[int], splits
         assert error < 2e-3, f"{geometry}, {count} new tokens on {prefix} in {splits} parts: relative error {error:.1e}"
 
 
-def check_open(geometry: Geometry, prefixes: list[int], device: str = "cpu") -> None:
+def check_open(geometry: Geometry, prefixes: list[int], device: str = "cpu", refined: tuple[int, ...] = ()) -> None:
     """`open_prefix` of whole prefixes, one after the other: rows of the prefix, then zeros up to the end of the last tile."""
     from oscar_radix.kernels.extend_plan import extend_rounds
     from oscar_radix.kernels.open_rows import open_prefix
 
-    store = random_store(geometry, sum(-(-prefix // PAGE_TOKENS) for prefix in prefixes), seed=len(prefixes), device=device)
+    count = sum(-(-prefix // PAGE_TOKENS) for prefix in prefixes)
+    store = random_store(geometry, count, seed=len(prefixes), device=device, refined=refined)
     table, pages = sequences_of(store, prefixes, device)
     rounds = extend_rounds(prefixes, sum(prefixes) + 128 * len(prefixes))
     shape = (rounds.scratch_rows + 5, geometry.kv_heads, geometry.head_dim)
@@ -66,7 +76,7 @@ def check_open(geometry: Geometry, prefixes: list[int], device: str = "cpu") -> 
     to = lambda values: torch.tensor(values, device=device)  # noqa: E731
     sequences = (table, to(list(range(len(prefixes)))), to(prefixes))
     codec = store.codec.key_parameters(0)
-    open_prefix(rounds.tiles[0].to(device), layer_cache(store), store.hot.device_block_table, codec, sequences, opened)
+    open_prefix(rounds.tiles[0].to(device), layer_cache(store), store.hot.device_block_table, codec, sequences, opened, low_bits(store))
     for prefix, each, segment in zip(prefixes, pages, rounds.segments[0].tolist(), strict=True):
         for actual, expected in zip(opened, rows_of(store, each, prefix), strict=True):
             first = segment[2]

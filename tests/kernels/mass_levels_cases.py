@@ -23,18 +23,20 @@ from tests.kernels.warp_emulation import emulate
 SCALE = 0.125
 
 
-def random_store(geometry: Geometry, pages: int, seed: int, device: str = "cpu", levels: tuple[int, ...] = LEVELS) -> KVStore:
+def random_store(
+    geometry: Geometry, pages: int, seed: int, device: str = "cpu", levels: tuple[int, ...] = LEVELS, refined: tuple[int, ...] = ()
+) -> KVStore:
     """Pages 1 .. `pages` with random records and hot rows at random levels; NaN scales wherever no page has a row."""
     draw = torch.Generator().manual_seed(seed)
     layout = get_recipe("tck").layout(geometry.head_dim)
-    store = KVStore(geometry, layout, pages, (pages + 1) * PAGE_BLOCKS, NonePolicy(), 64, device)
-    store.codec = make_codec("tck", geometry, device)
+    store = KVStore(geometry, layout, pages, (pages + 1) * PAGE_BLOCKS, NonePolicy(), 64, device, refined=len(refined))
+    store.codec = make_codec("tck", geometry, device, refined)
     hot, base = store.hot, store.base
 
     def fill(buffer: torch.Tensor, low: int, high: int) -> None:
         buffer.copy_(torch.randint(low, high, buffer.shape, generator=draw))
 
-    for buffer in (base.k_codes, base.v_codes):
+    for buffer in (base.k_codes, base.v_codes, base.k_low, base.v_low):
         fill(buffer, 0, 256)
     for buffer in (hot.k_rows, hot.v_rows):
         fill(buffer, -127, 128)
@@ -88,10 +90,19 @@ def sample_of(store: KVStore, table: MassTable, lengths: list[int], queries: int
     return sample, pages, np.array(lengths)
 
 
-def compare_mass(geometry: Geometry, lengths: list[int], queries: int, nearest: int, seed: int, device: str, shared_pages: int = 1) -> None:
+def compare_mass(
+    geometry: Geometry,
+    lengths: list[int],
+    queries: int,
+    nearest: int,
+    seed: int,
+    device: str,
+    shared_pages: int = 1,
+    refined: tuple[int, ...] = (),
+) -> None:
     """The kernel adds what the specification adds, to a table that is not empty, tracking two pages of three."""
     pages = sum(-(-length // PAGE_TOKENS) for length in lengths) + 2
-    store = random_store(geometry, pages, seed, device)
+    store = random_store(geometry, pages, seed, device, refined=refined)
     tables = [MassTable(geometry, pages + 1, pages, device) for _ in range(2)]
     tracked = np.arange(1, pages + 1)[np.arange(pages) % 3 != seed % 3]
     for table in tables:
@@ -191,10 +202,10 @@ def mend_interpreter() -> None:
 
 
 def main() -> None:
-    from oscar_radix.kernels import decode_records, mass_records
+    from oscar_radix.kernels import decode_records, fine_codes, mass_records, record_words
 
     mend_interpreter()
-    emulate(decode_records, mass_records)
+    emulate(decode_records, mass_records, record_words, fine_codes)
     small = Geometry(2, 2, 6, 64)
     compare_kept(6, 64, [5, 1, 3], queries=4, seed=6, device="cpu")
     compare_levels(small, 2, pages=6, seed=0, device="cpu")
@@ -203,6 +214,8 @@ def main() -> None:
     compare_mass(small, [70, 3, 64], queries=4, nearest=5, seed=3, device="cpu")
     compare_mass(Geometry(2, 2, 8, 128), [150, 33], queries=1, nearest=0, seed=4, device="cpu")
     compare_mass(Geometry(1, 1, 7, 128), [250, 64, 7], queries=1, nearest=33, seed=5, device="cpu")
+    compare_mass(Geometry(2, 2, 4, 64), [100], queries=2, nearest=0, seed=6, device="cpu", refined=(1,))
+    compare_mass(Geometry(2, 1, 4, 128), [100, 31], queries=1, nearest=0, seed=7, device="cpu", refined=(0,))
     print("done")
 
 

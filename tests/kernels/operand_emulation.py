@@ -43,6 +43,10 @@ def value_plane(words, scale, plane):
     return _tensor(_words((codes.astype(np.float16) - np.float16(1.5)) * _halves(scale.handle.data)))
 
 
+def pair_sum(a, b):
+    return _tensor(_words(_halves(a.handle.data) + _halves(b.handle.data)))
+
+
 def int8_rows(words, scale):
     rows = _bytes(words.handle.data).view(np.int8).astype(np.float16)
     pairs = rows.reshape(*words.handle.data.shape, 2, 2) * _halves(scale.handle.data)[..., None, :]
@@ -51,7 +55,7 @@ def int8_rows(words, scale):
 
 def emulate(*modules) -> None:
     """Put these functions in place of those of `operands`, in it and in modules that imported them."""
-    for function in (pair, key_plane, value_plane, int8_rows):
+    for function in (pair, pair_sum, key_plane, value_plane, int8_rows):
         for module in modules:
             if hasattr(module, function.__name__):
                 setattr(module, function.__name__, function)

@@ -20,7 +20,16 @@ SCALE = 0.1
 class Pair:
     """The same cache twice: one driven by the specification, one by the kernels; `step` compares them."""
 
-    def __init__(self, geometry: Geometry, recipe: str, lengths: list[int], hot_pages: int, level: int | None = None, device: str = "cuda"):
+    def __init__(
+        self,
+        geometry: Geometry,
+        recipe: str,
+        lengths: list[int],
+        hot_pages: int,
+        level: int | None = None,
+        device: str = "cuda",
+        refined: tuple[int, ...] = (),
+    ):
         from oscar_radix.attention.triton_backend import TritonAttention
 
         self.geometry, self.device = geometry, device
@@ -29,9 +38,11 @@ class Pair:
         for _ in range(2):
             policy = RandomPolicy()
             policy.level = policy.level if level is None else level
-            store = KVStore(geometry, get_recipe(recipe).layout(geometry.head_dim), 400, hot_pages * PAGE_BLOCKS, policy, 64, device)
-            store.codec = make_codec(recipe, geometry, device)
-            for buffer in (store.base.k_codes, store.base.v_codes, store.hot.k_rows, store.hot.v_rows):
+            layout, blocks = get_recipe(recipe).layout(geometry.head_dim), hot_pages * PAGE_BLOCKS
+            store = KVStore(geometry, layout, 400, blocks, policy, 64, device, refined=len(refined))
+            store.codec = make_codec(recipe, geometry, device, refined)
+            base, hot = store.base, store.hot
+            for buffer in (base.k_codes, base.v_codes, base.k_low, base.v_low, hot.k_rows, hot.v_rows):
                 buffer.random_(0, 100)  # poison: nothing may be read that was not written
             self.stores.append(store)
         self.spec, self.ours = TorchAttention(self.stores[0]), TritonAttention(self.stores[1], max_requests=8, max_tokens=4096)
@@ -91,7 +102,7 @@ class Pair:
         theirs, ours = self.stores
         sealed = torch.from_numpy(np.flatnonzero(theirs.table.sealed)).to(self.device)
         assert np.array_equal(theirs.hot.levels, ours.hot.levels)
-        for name in ("k_codes", "v_codes", "scales"):
-            a, b = getattr(theirs.base, name)[0, sealed], getattr(ours.base, name)[0, sealed]
+        for name, *pair in zip(("k_codes", "v_codes", "scales"), theirs.records(0, sealed), ours.records(0, sealed), strict=True):
+            a, b = pair
             different = (a != b).float().mean().item() if len(sealed) else 0.0
             assert different <= 2e-3, f"{name}: {different:.2e} of the values differ"

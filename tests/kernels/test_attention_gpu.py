@@ -21,6 +21,7 @@ def test_decode(geometry):
         check_decode(geometry, [1, 33, 700, 1500, 1280], parts, rotate, "cuda")
     for level in LEVELS:
         check_decode(geometry, [320, 95], 6, False, "cuda", levels=(level,))
+    check_decode(geometry, [1, 33, 700, 1500, 1280], 35, True, "cuda", refined=(0,))
 
 
 def test_plan():
@@ -39,6 +40,8 @@ def test_extend(geometry):
     check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda")
     check_extend(geometry, [777, 1], [5, 200], 3, "cuda")
     check_extend(geometry, [40, 300], [2, 130], 16, "cuda")
+    check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda", refined=(0,))
+    check_extend(geometry, [777, 1], [5, 200], 3, "cuda", refined=(0,))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="for Hopper")
@@ -48,6 +51,8 @@ def test_extend_over_opened_rows(geometry):
     check_extend(geometry, [0, 64, 1003], [300, 31, 77], 1, "cuda", scratch_rows=4096)
     check_extend(geometry, [777, 1], [5, 200], 3, "cuda", scratch_rows=256)
     check_extend(geometry, [130, 300, 0], [2, 130, 9], 16, "cuda", scratch_rows=128)
+    check_open(geometry, [1003, 64, 777], "cuda", refined=(0,))
+    check_extend(geometry, [777, 1], [5, 200], 3, "cuda", scratch_rows=256, refined=(0,))
 
 
 @pytest.mark.parametrize("geometry", SHAPES[:3], ids=str)
@@ -56,3 +61,4 @@ def test_write_and_seal(geometry, rotate):
     for tokens in (1, 65, 150):
         check_write(geometry, tokens, decode=False, rotate=rotate, device="cuda")
     check_write(geometry, 19, decode=True, rotate=rotate, device="cuda")
+    check_write(geometry, 65, decode=False, rotate=rotate, device="cuda", refined=(0,))

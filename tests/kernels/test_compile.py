@@ -26,7 +26,7 @@ from oscar_radix.kernels import (
 )
 
 POINTERS = {
-    **dict.fromkeys(("k_codes", "v_codes", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
+    **dict.fromkeys(("k_codes", "v_codes", "k_low", "v_low", "key_masks", "masks_ptr", "levels_ptr", "k_ptr", "v_ptr", "s_ptr"), "*u8"),
     **dict.fromkeys(("hot_k", "hot_v", "k8", "v8", "k8_ptr", "v8_ptr"), "*i8"),
     **dict.fromkeys(("scales", "hot_scales", "row_scales", "scales_ptr"), "*fp16"),
     **dict.fromkeys(("energy_weights", "energy_unit", "value_unit"), "*fp64"),
@@ -44,8 +44,9 @@ WRITE_INPUTS = {"q_ptr": "*bf16", "k_ptr": "*bf16", "v_ptr": "*bf16", "k_half": 
 PREFILL_INPUTS = {**WRITE_INPUTS, "query_out": "*fp16"}
 EXTEND_INPUTS = {
     **dict.fromkeys(("query_ptr", "k_ptr", "v_ptr"), "*fp16"),
-    **dict.fromkeys(("k_codes", "v_codes", "hot_k", "hot_v"), "*i32"),
+    **dict.fromkeys(("k_codes", "v_codes", "k_low", "v_low", "hot_k", "hot_v"), "*i32"),
 }
+OPEN_INPUTS = {**EXTEND_INPUTS, **dict.fromkeys(("k_out", "v_out"), "*i32")}
 DENSE_INPUTS = {"query_ptr": "*fp16", "out_ptr": "*bf16", "segments_ptr": "*i32", **dict.fromkeys(("acc_ptr", "state_ptr"), "*fp32")}
 SWIZZLED = repr(gl.NVMMASharedLayout(128, 16, 2))
 STAGE1_INPUTS = {"scales": "*u8"}
@@ -53,11 +54,14 @@ ONE_WARP = {"num_warps": 1, "maxnreg": 128}
 COMBINE = {"G": 4, "Hq": 32, "D": 128, "S": 256, "CHUNK": 64}
 GQA = {"Hkv": 8, "G": 4, "D": 128}
 SMALL = {"Hkv": 3, "G": 3, "D": 64}
+PLAIN, FINE = {"REFINED": False}, {"REFINED": True}
 
 CASES = {
-    "decode": (decode._stage1, {"PASSES": 1, "OVERLAP": True, **GQA}, ONE_WARP, STAGE1_INPUTS),
-    "decode, 16 heads a group": (decode._stage1, {"PASSES": 2, "OVERLAP": False, **GQA, "G": 16}, ONE_WARP, STAGE1_INPUTS),
-    "decode, D 64": (decode._stage1, {"PASSES": 1, "OVERLAP": False, **SMALL}, ONE_WARP, STAGE1_INPUTS),
+    "decode": (decode._stage1, {"PASSES": 1, "OVERLAP": True, **GQA, **PLAIN}, ONE_WARP, STAGE1_INPUTS),
+    "decode, 16 heads a group": (decode._stage1, {"PASSES": 2, "OVERLAP": False, **GQA, **PLAIN, "G": 16}, ONE_WARP, STAGE1_INPUTS),
+    "decode, D 64": (decode._stage1, {"PASSES": 1, "OVERLAP": False, **SMALL, **PLAIN}, ONE_WARP, STAGE1_INPUTS),
+    "decode, refined": (decode._stage1, {"PASSES": 1, "OVERLAP": True, **GQA, **FINE}, ONE_WARP, STAGE1_INPUTS),
+    "decode, refined, D 64": (decode._stage1, {"PASSES": 1, "OVERLAP": False, **SMALL, **FINE}, ONE_WARP, STAGE1_INPUTS),
     "combine": (
         decode._combine,
         {**COMBINE, "C": 128, "ROTATE": True, "KEEP_LSE": False, "OVERLAP": True},
@@ -69,22 +73,24 @@ CASES = {
     "assign": (decode_plan._assign_parts, {"B": 64, "CHUNK": 64}, {"num_warps": 8}, {"starts_ptr": "*i32"}),
     "extend": (
         extend._extend,
-        {"M": 128, "GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA},
+        {"M": 128, "GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA, **PLAIN},
         {"num_warps": 8, "num_stages": 1},
         EXTEND_INPUTS,
     ),
     "extend, parts": (
         extend._extend,
-        {"M": 128, "GROUP": 4, "PARTIAL": True, "KEEP_LSE": False, **SMALL},
+        {"M": 128, "GROUP": 4, "PARTIAL": True, "KEEP_LSE": False, **SMALL, **PLAIN},
         {"num_warps": 8, "num_stages": 1},
         EXTEND_INPUTS,
     ),
-    "open": (
-        open_rows._open_prefix,
-        {"TILES": 2, "Hkv": 8, "D": 128},
-        {"num_warps": 4},
-        {**EXTEND_INPUTS, **dict.fromkeys(("k_out", "v_out"), "*i32")},
+    "extend, refined": (
+        extend._extend,
+        {"M": 128, "GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA, **FINE},
+        {"num_warps": 8, "num_stages": 1},
+        EXTEND_INPUTS,
     ),
+    "open": (open_rows._open_prefix, {"TILES": 2, "Hkv": 8, "D": 128, **PLAIN}, {"num_warps": 4}, OPEN_INPUTS),
+    "open, refined": (open_rows._open_prefix, {"TILES": 2, "Hkv": 8, "D": 128, **FINE}, {"num_warps": 4}, OPEN_INPUTS),
     "merge parts": (
         extend_parts._merge_parts,
         {"Hq": 32, "G": 4, "D": 128, "S": 4, "KEEP_LSE": True},
@@ -93,13 +99,19 @@ CASES = {
     ),
     "extend, hopper": (
         extend_hopper.extend_hopper,
-        {"GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA},
+        {"GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA, **PLAIN},
+        {"num_warps": 4},
+        EXTEND_INPUTS,
+    ),
+    "extend, hopper, refined": (
+        extend_hopper.extend_hopper,
+        {"GROUP": 4, "PARTIAL": False, "KEEP_LSE": True, **GQA, **FINE},
         {"num_warps": 4},
         EXTEND_INPUTS,
     ),
     "extend, hopper, parts": (
         extend_hopper.extend_hopper,
-        {"GROUP": 4, "PARTIAL": True, "KEEP_LSE": False, **SMALL},
+        {"GROUP": 4, "PARTIAL": True, "KEEP_LSE": False, **SMALL, **PLAIN},
         {"num_warps": 4},
         EXTEND_INPUTS,
     ),
@@ -147,13 +159,19 @@ CASES = {
     ),
     "seal": (
         seal._seal,
-        {"HOT": True, "DECODE": True, "OVERLAP": True, "Hkv": 8, "D": 128},
+        {"HOT": True, "DECODE": True, "OVERLAP": True, "Hkv": 8, "D": 128, **PLAIN},
         {"num_warps": 4, "enable_fp_fusion": False},
         {},
     ),
     "seal, chunk": (
         seal._seal,
-        {"HOT": False, "DECODE": False, "OVERLAP": False, "Hkv": 3, "D": 64},
+        {"HOT": False, "DECODE": False, "OVERLAP": False, "Hkv": 3, "D": 64, **PLAIN},
+        {"num_warps": 4, "enable_fp_fusion": False},
+        {},
+    ),
+    "seal, refined": (
+        seal._seal,
+        {"HOT": True, "DECODE": True, "OVERLAP": True, "Hkv": 8, "D": 128, **FINE},
         {"num_warps": 4, "enable_fp_fusion": False},
         {},
     ),
@@ -194,7 +212,7 @@ def test_compiles(name, capability):
     assert compiled.metadata.shared <= (227 if capability == 90 else 163) * 1024
 
 
-@pytest.mark.parametrize("name", ["extend, hopper", "extend, hopper, parts", "extend, dense", "extend, dense, D 64"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith(("extend, hopper", "extend, dense"))])
 def test_tensor_core_instructions_of_hopper_stay_asynchronous(name, tmp_path):
     compiled = compile_case(name, 90)
     (tmp_path / "kernel.ptx").write_text(compiled.asm["ptx"])

@@ -22,7 +22,8 @@ SHAPES = [
 @pytest.mark.parametrize("geometry", SHAPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 3, 4, 16])
 def test_mass(geometry, queries):
-    compare_mass(geometry, [2049, 33, 700, 1, 128], queries, nearest=0, seed=queries, device="cuda", shared_pages=4)
+    for refined in ((), (0,)):
+        compare_mass(geometry, [2049, 33, 700, 1, 128], queries, 0, seed=queries, device="cuda", shared_pages=4, refined=refined)
 
 
 @pytest.mark.parametrize("nearest", [1, 31, 32, 33, 4096])

@@ -21,9 +21,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("geometry", SHAPES, ids=str)
-@pytest.mark.parametrize("recipe", ["tck", "mulm"])
-def test_a_conversation(geometry, recipe):
-    pair = Pair(geometry, recipe, lengths=[700, 130, 45], hot_pages=12)
+@pytest.mark.parametrize(("recipe", "refined"), [("tck", ()), ("mulm", ()), ("tck", (0,))])
+def test_a_conversation(geometry, recipe, refined):
+    pair = Pair(geometry, recipe, lengths=[700, 130, 45], hot_pages=12, refined=refined)
     pair.step({0: 333, 1: 1, 2: 31})
     pair.step({0: 200})
     pair.step({1: 95, 2: 2})

@@ -131,20 +131,25 @@ def mma_fp16(a, b0, b1, c):
     return tuple(_tensor(old.handle.data + product[place], tl.float32) for old, place in zip(c, PLACES, strict=True))
 
 
-def mma_int8(a, b0, b1, c):
+def mma_int8(a, b0, b1, c, unsigned=False):
     left, right = np.zeros((16, 32), dtype=np.int64), np.zeros((32, 8), dtype=np.int64)
     for byte in range(4):
         for word, (rows, first) in zip(a, ((0, 0), (8, 0), (0, 16), (8, 16)), strict=True):
             left[rows + ROW, first + 4 * COLUMN + byte] = _bytes(word)[:, byte]
         for word, first in ((b0, 0), (b1, 16)):
-            right[first + 4 * COLUMN + byte, ROW] = _bytes(word)[:, byte]
+            right[first + 4 * COLUMN + byte, ROW] = _bytes(word)[:, byte] & (255 if unsigned else -1)
     product = left @ right
     return tuple(_tensor(old.handle.data.astype(np.int64) + product[place], tl.int32) for old, place in zip(c, PLACES, strict=True))
 
 
+def mma_int8_uint8(a, b0, b1, c):
+    return mma_int8(a, b0, b1, c, unsigned=True)
+
+
 FUNCTIONS = (
     shuffle, row_sum, row_max, exp2, half2, unpack_half2, low_halves, high_halves, select_halves, interleave_low, interleave_high,
-    low_bytes_to_half2, high_bytes_to_half2, load1, load2, load4, store2, store4, mma_int8, mma_fp16,
+    low_bytes_to_half2, high_bytes_to_half2, load1, load2, load4, store2, store4, mma_int8, mma_int8_uint8,
+    mma_fp16,
 )  # fmt: skip
 
 

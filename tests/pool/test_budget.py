@@ -27,35 +27,47 @@ MIB = 2**20
 
 
 def split(
-    budget: int, geometry: Geometry = SMALL, recipe: str = DEFAULT_RECIPE, hot_fraction: float = 0.12, by_mass: bool = False, **load: int
+    budget: int,
+    geometry: Geometry = SMALL,
+    recipe: str = DEFAULT_RECIPE,
+    hot_fraction: float = 0.12,
+    by_mass: bool = False,
+    refined: int = 0,
+    **load: int,
 ) -> PoolSizes:
     chosen = get_recipe(recipe)
     load = {"running_requests": None, "prefill_tokens": None, **load}
     layout, parameters = chosen.layout(geometry.head_dim), parameter_bytes(chosen, geometry)
-    return split_budget(budget, geometry, layout, hot_fraction, parameters, **load, by_mass=by_mass)
+    return split_budget(budget, geometry, layout, hot_fraction, parameters, **load, by_mass=by_mass, refined=refined)
 
 
-def store_of(sizes: PoolSizes, geometry: Geometry, recipe: str, policy: str = "window") -> KVStore:
+def store_of(sizes: PoolSizes, geometry: Geometry, recipe: str, policy: str = "window", refined: int = 0) -> KVStore:
     layout = get_recipe(recipe).layout(geometry.head_dim)
-    store = KVStore(geometry, layout, sizes.pages, sizes.hot_blocks, POLICIES[policy](), 64, "cpu")
+    store = KVStore(geometry, layout, sizes.pages, sizes.hot_blocks, POLICIES[policy](), 64, "cpu", refined=refined)
     store.codec = make_codec(recipe, geometry)
     return store
 
 
 @settings(max_examples=40, deadline=None)
-@given(budget=st.integers(2 * MIB, 12 * MIB), recipe=st.sampled_from(list(RECIPES)), hot_fraction=st.floats(0.05, 0.5))
-def test_allocated_bytes_fit_and_leave_less_than_a_page(budget, recipe, hot_fraction):
+@given(
+    budget=st.integers(2 * MIB, 12 * MIB),
+    recipe=st.sampled_from(list(RECIPES)),
+    hot_fraction=st.floats(0.05, 0.5),
+    refined=st.integers(0, 2),
+)
+def test_allocated_bytes_fit_and_leave_less_than_a_page(budget, recipe, hot_fraction, refined):
     """Counted from the tensors of a real store: records, hot pool, tables and codec parameters."""
-    sizes = split(budget, recipe=recipe, hot_fraction=hot_fraction)
-    store = store_of(sizes, SMALL, recipe)
+    sizes = split(budget, recipe=recipe, hot_fraction=hot_fraction, refined=refined)
+    store = store_of(sizes, SMALL, recipe, refined=refined)
     held = store.allocated_bytes
     layout = get_recipe(recipe).layout(SMALL.head_dim)
-    page = BaseRecords.page_bytes(SMALL, layout) + HotPool.table_bytes_per_page(SMALL) + PageTable.bytes_per_page()
+    record = BaseRecords.page_bytes(SMALL, layout, refined)
+    page = record + HotPool.table_bytes_per_page(SMALL) + PageTable.bytes_per_page()
     used = (sizes.pages + 1) * page + sizes.hot_blocks * HotPool.block_bytes(SMALL) + parameter_bytes(get_recipe(recipe), SMALL)
     assert sum(held.values()) == used
     assert used <= budget < used + page
     assert held["hot_pool"] == sizes.hot_blocks * HotPool.block_bytes(SMALL)
-    assert held["codes"] + held["scales"] == (sizes.pages + 1) * BaseRecords.page_bytes(SMALL, layout)
+    assert held["codes"] + held["scales"] == (sizes.pages + 1) * record
 
 
 @settings(max_examples=20, deadline=None)
