@@ -33,13 +33,14 @@ def measure(recipe_name: str, budget_bytes: int) -> dict[str, dict[str, float]]:
     rows = {}
     for name, geometry in SHAPES.items():
         layout = recipe.layout(geometry.head_dim)
-        parameters = parameter_bytes(recipe, geometry)
-        sizes = split_budget(budget_bytes, geometry, layout, config.hot_fraction, parameters, None, 8192, by_mass=by_mass, graphs=True)
+        held, refined = parameter_bytes(recipe, geometry), recipe.refined_layers(geometry.layers)
+        load = {"running_requests": None, "prefill_tokens": 8192, "by_mass": by_mass, "graphs": True, "refined": refined}
+        sizes = split_budget(budget_bytes, geometry, layout, config.hot_fraction, held, **load)
         rows[name] = {
             "bf16_tokens": sizes.bf16_tokens,
             "tokens": sizes.tokens,
             "capacity_ratio": sizes.capacity_ratio,
-            "record_bits": layout.bits_per_element(geometry.head_dim),
+            "record_bits": layout.bits_per_element(geometry.head_dim, refined / geometry.layers),
             "effective_bits": budget_bytes * 8 / (sizes.tokens * geometry.kv_elements_per_token),
         }
     return rows

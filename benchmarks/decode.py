@@ -5,7 +5,8 @@
 Times are medians of CUDA graph replays over the caches of several layers, so that no layer finds its bytes in L2. Bytes are what a
 kernel must read (codes, scales, int8 rows; K and V rows for the baselines); the share is of the copy bandwidth, measured first.
 `ours, N hot rows` is stage 1 and the combine, values folded into the projections as a server of these models has them; `whole layer`
-adds the basis changes, the new row and sealing, which for the baselines (whose new row is not written here) is more than they do.
+adds the basis changes, the new row and sealing, which for the baselines (whose new row is not written here) is more than they do. Of a
+model's layers, a sixteenth is refined.
 """
 
 import argparse
@@ -41,10 +42,10 @@ class Row:
     bandwidth_share: float
 
 
-def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = False) -> tuple[float, int]:
+def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = False, refined: bool = False) -> tuple[float, int]:
     """Microseconds and bytes a layer with `hot_rows` int8 rows in every page."""
     pages = pages_of(lengths)
-    store = filled_store(geometry, pages, hot_rows)
+    store = filled_store(geometry, pages, hot_rows, refined)
     store.codec.values_folded = True
     batch, dim = len(lengths), geometry.head_dim
     attention = TritonAttention(store, batch, max(lengths))
@@ -66,11 +67,11 @@ def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = Fa
             attention.decode(layer, q, k, v, step, SCALE)
             return
         of = views[layer]
-        decode(query, of.cache, blocks, of.keys, of.values, step.lengths, plan, workspace, out, SCALE, False)
+        decode(query, of.cache, blocks, of.keys, of.values, step.lengths, plan, workspace, out, SCALE, False, low=of.low)
 
     launches = [lambda layer=layer: launch(layer) for layer in range(LAYERS)]
     microseconds = graph_microseconds(launches)
-    record = 0 if hot_rows == PAGE_TOKENS else store.layout.bytes_per_token_head
+    record = 0 if hot_rows == PAGE_TOKENS else store.layout.bytes_per_token_head + refined * dim // 2
     per_token = record + hot_rows / PAGE_TOKENS * (2 * dim + 4)
     return microseconds, int(sum(lengths) * geometry.kv_heads * per_token)
 
@@ -116,6 +117,8 @@ def sglang_triton(geometry: Geometry, lengths: list[int]) -> tuple[float, int]:
 def kernels(baselines: bool) -> dict[str, Callable[[Geometry, list[int]], tuple[float, int]]]:
     """What is measured, by name."""
     found = {f"ours, {rows} hot rows": (lambda g, n, rows=rows: ours(g, n, rows)) for rows in HOT_ROWS}
+    for rows in (0, 2):
+        found[f"ours, {rows} hot rows, refined layer"] = lambda g, n, rows=rows: ours(g, n, rows, refined=True)
     found["ours, 0 hot rows, whole layer"] = lambda g, n: ours(g, n, 0, whole=True)
     if baselines:
         found["FlashInfer bf16"] = lambda g, n: flashinfer(g, n, torch.bfloat16)
@@ -147,7 +150,7 @@ def main() -> None:
                 rows.append(Row(heads, shape, kernel, microseconds, size / 1e6, size / microseconds * 1e6 / peak))
                 torch.cuda.empty_cache()
                 figures = f"{microseconds:8.1f} us {size / 1e6:7.1f} MB {100 * rows[-1].bandwidth_share:5.1f} % of copy"
-                print(f"{heads:10} {shape:9} {kernel:30} {figures}", flush=True)
+                print(f"{heads:10} {shape:9} {kernel:34} {figures}", flush=True)
                 if args.json:
                     command = f"python -m benchmarks.decode --shapes {args.shapes} --heads {args.heads}"
                     write_report(args.json, command, [asdict(row) for row in rows], copy_bytes_per_second=peak)
