@@ -30,6 +30,7 @@ class Metrics:
             "calibration": self.calibration_source,
             "page_tokens": PAGE_TOKENS,
             "recent_tokens": self.config.recent_tokens,
+            "refined_layers": list(store.codec.refined),
             "values_folded": store.codec.values_folded,
             "kv_budget_bytes": self.sizes.budget_bytes,
             "max_total_num_tokens": self.sizes.tokens,
@@ -80,9 +81,10 @@ class Metrics:
         held = store.allocated_bytes
         mass = f", attention mass {held['mass'] / MIB:.1f}" if "mass" in held else ""
         rotation = "folded into the weights" if store.codec.values_folded else "at run time"
+        refined = ", ".join(map(str, store.codec.refined)) or "none"
         lines = [
             f"kv-quant oscar: recipe {self.config.recipe}, policy {self.config.policy}, recent window {self.config.recent_tokens} tokens, "
-            f"calibration {self.calibration_source}; rotation of V {rotation}",
+            f"calibration {self.calibration_source}; rotation of V {rotation}; refined layers: {refined}",
             f"kv-quant oscar: {sizes.tokens} tokens of KV in {sizes.budget_bytes / MIB:.1f} MiB, {sizes.capacity_ratio:.2f} times the "
             f"{sizes.bf16_tokens} of bf16; {store.effective_bits:.2f} effective bits per element (codes {held['codes'] / MIB:.1f}, scales "
             f"{held['scales'] / MIB:.1f}, hot pool {held['hot_pool'] / MIB:.1f}, tables {held['tables'] / MIB:.2f}, codec parameters "

@@ -22,7 +22,7 @@ PAGES, HOT_PAGES = 20, 6
 @pytest.fixture
 def metrics() -> Metrics:
     """A store that has prefilled 200 tokens, one of them with a NaN key, and decoded one."""
-    store = make_store(PAGES, HOT_PAGES, policy="none")
+    store = make_store(PAGES, HOT_PAGES, policy="none", refined=(1,))
     pages = take_pages(store, 7)
     attention = TorchAttention(store)
     generator = torch.Generator().manual_seed(0)
@@ -46,6 +46,7 @@ def test_report_is_plain_json(metrics):
 def test_report_agrees_with_the_store(metrics):
     report, store = metrics.report(), metrics.store
     assert (report["recipe"], report["policy"], report["calibration"]) == ("tck", "none", "made in a test")
+    assert report["refined_layers"] == [1]
     assert report["levels"] == store.usage_by_level()
     assert report["allocated_bytes"] == store.allocated_bytes
     assert report["effective_bits"] == store.effective_bits
@@ -80,6 +81,7 @@ def test_capacity_against_bf16(metrics):
 def test_startup_lines_say_what_is_served(metrics):
     first, second = metrics.startup_lines()
     assert "recipe tck, policy none, recent window 256 tokens, calibration made in a test" in first
+    assert first.endswith("refined layers: 1")
     assert f"{PAGES * PAGE_TOKENS} tokens of KV" in second
     assert f"{metrics.sizes.capacity_ratio:.2f} times the {metrics.sizes.bf16_tokens} of bf16" in second
     assert f"{metrics.store.effective_bits:.2f} effective bits" in second

@@ -19,7 +19,7 @@ FRESH = 7
 @pytest.fixture
 def store() -> KVStore:
     """Ten pages: 1 to 6 sealed at several levels, the first three of them in the tree; 7 fresh; 8 to 10 free."""
-    store = make_store(pages=10, hot_pages=8)
+    store = make_store(pages=10, hot_pages=8, refined=(0,))
     store.residency.policy = ChoosingPolicy()
     taken = take_pages(store, 7)
     for page in taken.tolist():
@@ -40,7 +40,7 @@ def check(store: KVStore, free: list[int] = (8, 9, 10), tree: list[int] = (1, 2,
 
 
 def test_usage_by_level(store):
-    record, block = BaseRecords.page_bytes(GEOMETRY, store.layout), HotPool.block_bytes(GEOMETRY)
+    record, block = BaseRecords.page_bytes(GEOMETRY, store.layout, store.refined), HotPool.block_bytes(GEOMETRY)
     usage = store.usage_by_level()
     assert usage == {
         "0": {"tokens": 32, "bytes": record},
@@ -56,7 +56,7 @@ def test_usage_sums_to_what_is_owned(store):
     usage = store.usage_by_level().values()
     used_blocks = store.hot.capacity - store.hot.free_blocks
     assert sum(entry["tokens"] for entry in usage) == 7 * PAGE_TOKENS
-    record = BaseRecords.page_bytes(GEOMETRY, store.layout)
+    record = BaseRecords.page_bytes(GEOMETRY, store.layout, store.refined)
     assert sum(entry["bytes"] for entry in usage) == 7 * record + used_blocks * HotPool.block_bytes(GEOMETRY)
 
 
@@ -69,7 +69,7 @@ def test_allocated_bytes_are_the_tensors(store):
     base, hot, table = store.base, store.hot, store.table
     columns = (table.owner, table.sealed, table.window, table.continuation, table.prefilling, table.last_use, table.position)
     assert store.allocated_bytes == {
-        "codes": base.k_codes.nbytes + base.v_codes.nbytes,
+        "codes": base.k_codes.nbytes + base.v_codes.nbytes + base.k_low.nbytes + base.v_low.nbytes,
         "scales": base.scales.nbytes,
         "hot_pool": hot.k_rows.nbytes + hot.v_rows.nbytes + hot.scales.nbytes + hot.row_numbers.nbytes,
         "tables": hot.block_table.nbytes + hot.levels.nbytes + hot.row_masks.nbytes + sum(column.nbytes for column in columns),

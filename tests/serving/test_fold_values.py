@@ -47,6 +47,7 @@ def test_same_log_probabilities(unfolded, ours, logs):
 
 def test_log_and_report_say_which(unfolded, ours):
     assert ours.kv_quant()["values_folded"] is True
+    assert len(ours.kv_quant()["refined_layers"]) == 2, "a sixteenth of 30 layers"
     assert "rotation of V folded into the weights" in log_text(ours)
     assert "the rotation of V stays at run time" not in log_text(ours)
     assert unfolded.report["values_folded"] is False
