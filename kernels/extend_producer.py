@@ -12,6 +12,7 @@ from oscar_radix.kernels import operands
 from oscar_radix.kernels.extend_consumer import STAGES, TILE
 from oscar_radix.kernels.extend_layouts import HALF, codes_layout, pairs_layout, rows_layout
 
+LOW_MASKS = gl.constexpr(operands.LOW_MASKS.value)
 record_keys = gluon.jit(operands.record_keys.fn)
 record_values = gluon.jit(operands.record_values.fn)
 int8_rows = gluon.jit(operands.int8_rows.fn)
@@ -150,7 +151,7 @@ def _open(codes, low, scale, constants, WHICH: gl.constexpr, D: gl.constexpr, RE
             steps = ()
             none = gl.zeros([1, D // 16], gl.int32, C)
             for i in gl.static_range(4):
-                mask = gl.full([1, D // 16], 0x03030303 << (2 * i) if i < 3 else -0x3F3F3F40, gl.int32, C)
+                mask = gl.full([1, D // 16], LOW_MASKS[i], gl.int32, C)
                 steps = steps + (mask, constants.index(20 + 2 * i).load(C), constants.index(21 + 2 * i).load(C), none, none)
             opened = pair_sum(opened, record_keys(low, steps, twice(scale)[:, None]))
     else:

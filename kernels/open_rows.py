@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from oscar_radix.kernels.extend_plan import ROUND_TILE
-from oscar_radix.kernels.operands import int8_rows, pair, pair_sum, record_keys, record_values, twice
+from oscar_radix.kernels.operands import LOW_MASKS, int8_rows, pair, pair_sum, record_keys, record_values, twice
 from oscar_radix.kernels.pages import BLOCK_ROWS, PAGE, PAGE_BLOCKS
 
 TILE = tl.constexpr(64)
@@ -55,7 +55,7 @@ def key_constants(key_step, key_zero, key_masks, head, D: tl.constexpr, REFINED:
 def _low_plane_constants(key_step, head, plane: tl.constexpr, D: tl.constexpr):
     at = head * D + plane * (D // 4) + tl.arange(0, D // 16) * 4
     unit: tl.constexpr = 0.25**plane
-    mask = tl.full([1, D // 16], 0x03030303 << (2 * plane) if plane < 3 else -0x3F3F3F40, tl.int32)
+    mask = tl.full([1, D // 16], LOW_MASKS[plane], tl.int32)
     first = pair(tl.load(key_step + at) * unit, tl.load(key_step + at + 1) * unit)
     second = pair(tl.load(key_step + at + 2) * unit, tl.load(key_step + at + 3) * unit)
     shift = tl.zeros([1, D // 16], tl.int32)

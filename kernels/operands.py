@@ -53,6 +53,8 @@ def _value_plane(plane: int) -> str:
 }}"""
 
 
+LOW_MASKS = tl.constexpr((0x03030303, 0x0C0C0C0C, 0x30303030, 0xC0C0C0C0 - (1 << 32)))
+"""Low bits of K plane i in four bytes: 0x03030303 << 2i, as int32."""
 VALUES = tl.constexpr(tuple(_value_plane(plane) for plane in range(8)))
 
 

@@ -35,7 +35,11 @@ KEY_MEAN_SHARE = 0.5
 grows with its distance from it. Half way: a few keys may hold all the weight, and the others are read too.
 """
 REFINED_SHARE = 1 / 16
-"""Of a model's layers, rounded: those whose outputs 2-bit records would change most, relative to their energy, have 4 bits."""
+"""Of a model's layers, rounded: those whose outputs 2-bit records would change most, relative to their energy, have 4 bits.
+
+For .13 bits on average the KL of the default settings on SmolLM2 falls from .0037 to .0027 (.0067 to .0047 behind 6,144 tokens), which a
+second hot row of every page, .26 bits, does not reach; copies rise from .926 to .956, the exact cache's being .962 (benchmarks.quality).
+"""
 VARIANCE_FLOOR = 1e-8
 """Smallest channel variance, as a share of the row's largest: keeps steps of directions that never varied above zero."""
 
