@@ -45,10 +45,10 @@ def load_or_calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry
         return calibration, f"from {config.calibration}"
     path = cache_path(fingerprint, config.recipe, rank, size)
     cached = load_cached(path, fingerprint, geometry, config.recipe)
-    if cached is not None:
-        return cached, f"cached in {path}"
-    if path.exists():
+    if cached is None and path.exists():
         logger.warning("kv-quant oscar: the calibration in %s cannot be used and is made again", path)
+    if _on_all_ranks(cached is not None):
+        return cached, f"cached in {path}"
     if tokenizer is None:
         raise CalibrationError(
             "--skip-tokenizer-init leaves no tokenizer to calibrate with; make a file with 'oscar-radix calibrate' and name it in "
@@ -57,6 +57,12 @@ def load_or_calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry
     calibration = replace(_calibrate(runner, tokenizer, config, geometry), model_name=folder.name, model_fingerprint=fingerprint)
     store_cached(path, calibration)
     return calibration, f"made from {calibration.tokens} tokens of the bundled text, cached in {path}"
+
+
+def _on_all_ranks(here: bool) -> bool:
+    """Whether every tensor-parallel rank says so: they calibrate together or not at all, since a layer's output is a sum over ranks."""
+    group = get_parallel().attn_tp_group
+    return all(group.all_gather_object(here)) if group.world_size > 1 else here
 
 
 def _calibrate(runner: Any, tokenizer: Any, config: OscarConfig, geometry: Geometry) -> Calibration:

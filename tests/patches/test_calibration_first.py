@@ -25,6 +25,13 @@ GEOMETRY = Geometry(layers=1, kv_heads=2, query_heads=4, head_dim=DIM)
 TOKENIZER = object()
 
 
+def rank_of(*others: bool) -> SimpleNamespace:
+    """SGLang's parallel context of a rank beside others that have a cached calibration or not; it is alone with one."""
+    size = len(others)
+    group = SimpleNamespace(world_size=size, all_gather_object=lambda here: [here, *others[1:]])
+    return SimpleNamespace(attn_tp_rank=0, attn_tp_size=size, attn_tp_group=group)
+
+
 class FakeWorker:
     """SGLang's TpModelWorker, which notes what a graph would keep whenever it is told to capture."""
 
@@ -105,7 +112,7 @@ class TestInitAllCudaGraphs:
     def test_captures_nothing_without_a_calibration(self, runtime, monkeypatch, tmp_path, model_folder):
         """--skip-tokenizer-init, and no file in the cache."""
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(startup_calibration, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1))
+        monkeypatch.setattr(startup_calibration, "get_parallel", lambda: rank_of(True))
         scheduler = scheduler_with(runtime)
         scheduler.tokenizer = None
         scheduler.tp_worker.model_runner.model_config = SimpleNamespace(model_path=model_folder)
@@ -128,6 +135,18 @@ class TestInitAllCudaGraphs:
         Scheduler.init_all_cuda_graphs(scheduler)
         assert len(scheduler.tp_worker.captured) == 1
         assert not calibrated
+
+
+@pytest.mark.parametrize("others_have", [True, False])
+def test_ranks_take_cached_calibrations_together_or_not_at_all(runtime, calibration, monkeypatch, tmp_path, model_folder, others_have):
+    """A rank that took its own while another calibrates would wait for that one's sums for ever."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(startup_calibration, "get_parallel", lambda: rank_of(True, True, others_have))
+    monkeypatch.setattr(startup_calibration, "load_cached", lambda *args: calibration)
+    monkeypatch.setattr(startup_calibration, "_calibrate", lambda *args: calibration)
+    runner = SimpleNamespace(model_config=SimpleNamespace(model_path=model_folder))
+    _, source = startup_calibration.load_or_calibrate(runner, TOKENIZER, runtime.config, GEOMETRY)
+    assert source.startswith("cached in" if others_have else "made from")
 
 
 @pytest.fixture
