@@ -71,7 +71,7 @@ def ours(geometry: Geometry, lengths: list[int], hot_rows: int, whole: bool = Fa
 
     launches = [lambda layer=layer: launch(layer) for layer in range(LAYERS)]
     microseconds = graph_microseconds(launches)
-    record = 0 if hot_rows == PAGE_TOKENS else store.layout.bytes_per_token_head + refined * dim // 2
+    record = 0 if hot_rows == PAGE_TOKENS else store.layout.bytes_per_token_head + refined * store.layout.code_bytes
     per_token = record + hot_rows / PAGE_TOKENS * (2 * dim + 4)
     return microseconds, int(sum(lengths) * geometry.kv_heads * per_token)
 

@@ -15,8 +15,7 @@ def row_bytes(head_dim: int, row_bits: int) -> int:
 
 def record_bytes(layout: RecordLayout, head_dim: int, key_bits: float | None = None, refined: float = 0.0) -> float:
     """Bytes of a record of one token and KV head, mean over layers; `key_bits` instead of 2 for K; refined: share of the layers."""
-    low = refined * (layout.k_code_bytes + layout.v_code_bytes)
-    return layout.bytes_per_token_head + low + (0 if key_bits is None else (key_bits - 2) * head_dim / 8)
+    return layout.bytes_per_token_head + refined * layout.code_bytes + (0 if key_bits is None else (key_bits - 2) * head_dim / 8)
 
 
 def effective_bits(record: float, head_dim: int, hot_share: float, row_bits: int) -> float:

@@ -17,10 +17,14 @@ class RecordLayout:
     scale_count: int
 
     @property
+    def code_bytes(self) -> int:
+        """Of K and V: as many more are the low bits in a refined layer."""
+        return self.k_code_bytes + self.v_code_bytes
+
+    @property
     def bytes_per_token_head(self) -> int:
-        return self.k_code_bytes + self.v_code_bytes + SCALE_BYTES * self.scale_count
+        return self.code_bytes + SCALE_BYTES * self.scale_count
 
     def bits_per_element(self, head_dim: int, refined_share: float = 0.0) -> float:
         """Mean bits of one K or V element, scales and the low bits of a share of the layers included."""
-        low = refined_share * (self.k_code_bytes + self.v_code_bytes)
-        return 8 * (self.bytes_per_token_head + low) / (2 * head_dim)
+        return 8 * (self.bytes_per_token_head + refined_share * self.code_bytes) / (2 * head_dim)

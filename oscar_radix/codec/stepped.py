@@ -14,6 +14,8 @@ LOW_LEVELS = 2**LOW_BITS
 """A refined layer's codes are LOW_LEVELS * (the record's) + the low ones."""
 VALUE_TOP = 3
 """Largest 2-bit code."""
+FINE_VALUE_TOP = LOW_LEVELS * (VALUE_TOP + 1) - 1
+"""Largest code of V in a refined layer."""
 
 
 class SteppedCodec(Codec):
@@ -72,7 +74,7 @@ class SteppedCodec(Codec):
         k_row = uniform.row_scale(k_rows, k_scale, weights, unit)
         k_codes = uniform.encode(k_rows, k_scale, k_row, self._inverse_step[layer].unsqueeze(1), self.key_top[layer].unsqueeze(1))
         v_row = uniform.row_scale(v_rows, v_scale, self._value_weights, self._value_units[refined])
-        levels, top = (LOW_LEVELS, 2 ** (2 + LOW_BITS) - 1) if refined else (1, VALUE_TOP)
+        levels, top = (LOW_LEVELS, FINE_VALUE_TOP) if refined else (1, VALUE_TOP)
         v_codes = uniform.encode(v_rows, v_scale, v_row, self._ones * levels, self._ones * top)
         scales = torch.stack((k_row, uniform.unbiased_scale(v_rows, v_scale, v_codes, top)), -1)
         if not refined:
@@ -93,7 +95,7 @@ class SteppedCodec(Codec):
             k_low, v_low = (codes[..., self.geometry.head_dim // 4 :] for codes in (k_codes, v_codes))
             k.mul_(LOW_LEVELS).add_(self._even.unpack(k_low))
             v.mul_(LOW_LEVELS).add_(unpack_values(v_low))
-            value_step, value_zero = self._ones / LOW_LEVELS, self._ones * ((LOW_LEVELS * (VALUE_TOP + 1) - 1) / 2)
+            value_step, value_zero = self._ones / LOW_LEVELS, self._ones * (FINE_VALUE_TOP / 2)
         uniform.decode_(k, scales[..., 0], self.key_step[layer].unsqueeze(1), self.key_zero[layer].unsqueeze(1))
         return k, uniform.decode_(v, scales[..., 1], value_step, value_zero)
 

@@ -57,5 +57,4 @@ class BaseRecords:
     @staticmethod
     def page_bytes(geometry: Geometry, layout: RecordLayout, refined: int = 0) -> int:
         """Bytes of one page's record over all layers, `refined` of them refined, and KV heads."""
-        codes = layout.k_code_bytes + layout.v_code_bytes
-        return geometry.kv_heads * PAGE_TOKENS * (geometry.layers * layout.bytes_per_token_head + refined * codes)
+        return geometry.kv_heads * PAGE_TOKENS * (geometry.layers * layout.bytes_per_token_head + refined * layout.code_bytes)
