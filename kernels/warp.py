@@ -95,24 +95,32 @@ def load1(pointer):
     return tl.inline_asm_elementwise("ld.global.nc.L1::no_allocate.b32 $0, [$1];", "=r,l", [pointer], dtype=tl.int32, is_pure=True, pack=1)
 
 
+def _int8_asm(b_type: str) -> tl.constexpr:
+    kind = f"mma.sync.aligned.m16n8k32.row.col.s32.s8.{b_type}.s32"
+    return tl.constexpr(kind + " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};")
+
+
+SIGNED, UNSIGNED = _int8_asm("s8"), _int8_asm("u8")
+
+
+@triton.jit
+def _mma_int8(a, b0, b1, c, ASM: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        ASM, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
 @triton.jit
 def mma_int8(a, b0, b1, c):
     """C[16, 8] += A[16, 32] B[32, 8], int8 operands, int32 sums: `mma.m16n8k32`. a: 4 words; c: 4 words; returns 4 words."""
-    return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
+    return _mma_int8(a, b0, b1, c, SIGNED)
 
 
 @triton.jit
 def mma_int8_uint8(a, b0, b1, c):
     """`mma_int8` with B unsigned."""
-    return tl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
+    return _mma_int8(a, b0, b1, c, UNSIGNED)
 
 
 @triton.jit
